@@ -1,0 +1,5 @@
+"""The one exception that means "the user can fix this": commands print its message and exit with status 2."""
+
+
+class UserError(Exception):
+    """A mistake in the user's input: the message says what is wrong, where, and what to do."""
