@@ -1,0 +1,205 @@
+"""The command `tracevision`: finds the sub-command, parses its flags, turns errors into messages and exit codes.
+
+A sub-command NAME is the module `launch/NAME.py`, imported only when it is called, with
+- `Args`: a frozen dataclass (its docstring is the help text), or a union of them for commands with commands of
+  their own, each member `Annotated[Dataclass, tyro.conf.subcommand("name")]`;
+- `run(args) -> int | None`: does the work and returns the exit code (None is 0);
+- optionally `parse(argv) -> args`, which replaces the parsing of `Args` (`train` looks a recipe up first and then
+  reads overrides of its fields); `parse_with_tyro` serves it as well.
+
+A module imports jax inside `run`, so that help and mistakes in flags take no time. Exit codes: 0; 1 for a defect
+(with a traceback); 2 for a mistake of the user (one message); 130 when interrupted. `TRACEVISION_DEBUG=1` shows
+every traceback.
+"""
+
+import importlib
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.nearest import suggest
+
+PROGRAM = "tracevision"
+
+
+class Command(NamedTuple):
+    """A sub-command as the top-level help shows it."""
+
+    summary: str
+    example: str
+
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "See it work": {
+        "demo": Command(
+            "train a small model on drawn scenes, evaluate it, write a report with pictures (15 minutes)",
+            "tracevision demo",
+        ),
+    },
+    "1. Train": {
+        "data": Command(
+            "build and inspect datasets",
+            "tracevision data build ln_coco --from /data/localized_narratives --to /data/tfds",
+        ),
+        "train": Command(
+            "train a recipe of configs/, or continue it; any field is a flag",
+            "tracevision train tracevision_7b_stage1 --init-from checkpoints/qwen7b --mesh.fsdp 64",
+        ),
+    },
+    "2. Convert": {
+        "convert": Command(
+            "PyTorch checkpoints to ours and back, compared on the same prompts",
+            "tracevision convert --from Qwen2.5-VL-7B-Instruct --to checkpoints/qwen7b --verify",
+        ),
+    },
+    "3. Evaluate and use": {
+        "evaluate": Command(
+            "run benchmarks on a checkpoint, resumable, with tables in Markdown and JSON",
+            "tracevision evaluate checkpoints/tracevision-7b --benchmark ln_coco",
+        ),
+        "score": Command(
+            "score anybody's predictions from files",
+            "tracevision score lbm --predictions p.json --references r.json --k 0",
+        ),
+        "predict": Command(
+            "describe, point, segment or answer about one image or video",
+            "tracevision predict checkpoints/tracevision-7b --image a.jpg --trace a.json",
+        ),
+    },
+}
+COMMANDS: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}
+
+
+def help_text() -> str:
+    """The top-level help: the three jobs, each with its commands and an example of each."""
+    lines = [
+        "tracevision: models that read and draw human traces over images and videos.",
+        "",
+        f"usage: {PROGRAM} COMMAND [flags]",
+        f"       {PROGRAM} COMMAND --help      what COMMAND takes, with examples",
+        f"       {PROGRAM} --version",
+    ]
+    for title, commands in GROUPS.items():
+        lines += ["", title]
+        for name, command in commands.items():
+            lines += [f"  {name:<10}{command.summary}", f"            $ {command.example}"]
+    lines += [
+        "",
+        "A mistyped command, recipe or flag is answered with the nearest name.",
+    ]
+    return "\n".join(lines)
+
+
+def version_text() -> str:
+    """Version of this package and of what results depend on, read without importing any of it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def version_of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    libraries = ", ".join(f"{name} {version_of(name)}" for name in ("jax", "jaxlib", "flax"))
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    return f"tracevision-jax {version_of('tracevision-jax')} ({libraries}, Python {python})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; `argv` is what follows the word `tracevision`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        _print_traceback_when_debugging()
+        prefix = f"{PROGRAM} {argv[0]}" if argv and argv[0] in COMMANDS else PROGRAM
+        print(f"{prefix}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        _print_traceback_when_debugging()
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not a defect. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(version_text())
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        kind = "flag" if name.startswith("-") else "command"
+        known = [*COMMANDS, "--help", "--version"]
+        raise UserError(
+            f"there is no {kind} '{name}'.{suggest(name, known)} Commands: {', '.join(COMMANDS)}. "
+            f"See {PROGRAM} --help."
+        )
+    module = importlib.import_module(f"launch.{name}")
+    return int(module.run(parse(module, rest, f"{PROGRAM} {name}")) or 0)
+
+
+def parse(module: ModuleType, argv: Sequence[str], program: str) -> Any:
+    """Parse the flags of a sub-command: by its module's own `parse` if it has one, otherwise from its `Args`."""
+    if hasattr(module, "parse"):
+        return module.parse(list(argv))
+    return parse_with_tyro(module.Args, argv, program, description=module.__doc__)
+
+
+def parse_with_tyro(
+    arguments: Any, argv: Sequence[str], program: str, description: str | None = None, default: Any = None
+) -> Any:
+    """Parse flags into a dataclass (or a union of them), starting from `default` when one is given.
+
+    Exits with status 2 on a mistake, after naming the nearest flag, and with 0 after `--help`. The help text is
+    the dataclass's docstring, examples included; for a union, `description`.
+
+    Raises:
+        UserError: the first word is none of the union's commands.
+    """
+    import tyro
+
+    if get_origin(arguments) in (Union, UnionType):
+        _check_nested_command(arguments, argv, program)
+    elif arguments.__doc__:
+        # Given explicitly, since tyro reads a docstring by sections and would drop "Examples:".
+        description = arguments.__doc__
+    text = inspect.cleandoc(description) if description else None
+    keywords = {} if default is None else {"default": default}
+    return tyro.cli(arguments, prog=program, description=text, args=list(argv), **keywords)
+
+
+def _check_nested_command(arguments: Any, argv: Sequence[str], program: str) -> None:
+    """Say which name was meant; tyro suggests flags, but not commands."""
+    known = [_nested_name(member) for member in get_args(arguments)]
+    if argv and not argv[0].startswith("-") and argv[0] not in known:
+        name = argv[0]
+        raise UserError(
+            f"there is no command '{program} {name}'.{suggest(name, known)} Choose from: {', '.join(known)}."
+        )
+
+
+def _nested_name(member: Any) -> str:
+    """Name of a union's member: given with `tyro.conf.subcommand`, else the class name with hyphens."""
+    if get_origin(member) is Annotated:
+        named = [note.name for note in get_args(member)[1:] if getattr(note, "name", None)]
+        if named:
+            return named[0]
+        member = get_args(member)[0]
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", member.__name__).lower()
+
+
+def _print_traceback_when_debugging() -> None:
+    if os.environ.get("TRACEVISION_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
