@@ -1,15 +1,15 @@
-"""The command `tracevision`: finds the sub-command, parses its flags, turns errors into messages and exit codes.
+"""The command `tracevision`: finds the sub-command, parses its flags, turns errors into messages.
 
 A sub-command NAME is the module `launch/NAME.py`, imported only when it is called, with
-- `Args`: a frozen dataclass (its docstring is the help text), or a union of them for commands with commands of
-  their own, each member `Annotated[Dataclass, tyro.conf.subcommand("name")]`;
+- `Args`: a frozen dataclass (its docstring is the help text), or a union of them for commands with commands
+  of their own, each member `Annotated[Dataclass, tyro.conf.subcommand("name")]`;
 - `run(args) -> int | None`: does the work and returns the exit code (None is 0);
-- optionally `parse(argv) -> args`, which replaces the parsing of `Args` (`train` looks a recipe up first and then
-  reads overrides of its fields); `parse_with_tyro` serves it as well.
+- optionally `parse(argv) -> args`, which replaces the parsing of `Args` (`train` looks a recipe up first and
+  then reads overrides of its fields); `parse_with_tyro` serves it as well.
 
-A module imports jax inside `run`, so that help and mistakes in flags take no time. Exit codes: 0; 1 for a defect
-(with a traceback); 2 for a mistake of the user (one message); 130 when interrupted. `TRACEVISION_DEBUG=1` shows
-every traceback.
+A module imports jax inside `run`, so that help and mistakes in flags take no time. Exit codes: 0; 1 for a
+defect (with a traceback); 2 for a mistake of the user (one message); 130 when interrupted.
+`TRACEVISION_DEBUG=1` shows every traceback.
 """
 
 import importlib
@@ -151,7 +151,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def parse(module: ModuleType, argv: Sequence[str], program: str) -> Any:
-    """Parse the flags of a sub-command: by its module's own `parse` if it has one, otherwise from its `Args`."""
+    """Parse the flags of a sub-command: by its module's own `parse` if there is one, else from its `Args`."""
     if hasattr(module, "parse"):
         return module.parse(list(argv))
     return parse_with_tyro(module.Args, argv, program, description=module.__doc__)
@@ -171,33 +171,33 @@ def parse_with_tyro(
     import tyro
 
     if get_origin(arguments) in (Union, UnionType):
-        _check_nested_command(arguments, argv, program)
-    elif arguments.__doc__:
-        # Given explicitly, since tyro reads a docstring by sections and would drop "Examples:".
-        description = arguments.__doc__
+        members = {_nested_name(member): member for member in get_args(arguments)}
+        if argv and not argv[0].startswith("-"):
+            name = argv[0]
+            if name not in members:
+                raise UserError(
+                    f"there is no command '{program} {name}'.{suggest(name, members)} "
+                    f"Choose from: {', '.join(members)}."
+                )
+            return parse_with_tyro(members[name], argv[1:], f"{program} {name}", default=default)
+    else:
+        # Handed over explicitly, since tyro reads a docstring by sections and would drop "Examples:".
+        description = _dataclass_of(arguments).__doc__
     text = inspect.cleandoc(description) if description else None
     keywords = {} if default is None else {"default": default}
-    return tyro.cli(arguments, prog=program, description=text, args=list(argv), **keywords)
-
-
-def _check_nested_command(arguments: Any, argv: Sequence[str], program: str) -> None:
-    """Say which name was meant; tyro suggests flags, but not commands."""
-    known = [_nested_name(member) for member in get_args(arguments)]
-    if argv and not argv[0].startswith("-") and argv[0] not in known:
-        name = argv[0]
-        raise UserError(
-            f"there is no command '{program} {name}'.{suggest(name, known)} Choose from: {', '.join(known)}."
-        )
+    return tyro.cli(_dataclass_of(arguments), prog=program, description=text, args=list(argv), **keywords)
 
 
 def _nested_name(member: Any) -> str:
     """Name of a union's member: given with `tyro.conf.subcommand`, else the class name with hyphens."""
-    if get_origin(member) is Annotated:
-        named = [note.name for note in get_args(member)[1:] if getattr(note, "name", None)]
-        if named:
-            return named[0]
-        member = get_args(member)[0]
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", member.__name__).lower()
+    notes = get_args(member)[1:] if get_origin(member) is Annotated else ()
+    named = [note.name for note in notes if getattr(note, "name", None)]
+    return named[0] if named else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", member.__name__).lower()
+
+
+def _dataclass_of(member: Any) -> Any:
+    """The dataclass inside `Annotated[...]`, or what is given."""
+    return get_args(member)[0] if get_origin(member) is Annotated else member
 
 
 def _print_traceback_when_debugging() -> None:
