@@ -43,7 +43,7 @@ test: $(STAMP) ## Run all tests on the CPU with two workers (PYTEST_ARGS="-k nam
 lint: $(STAMP) ## Check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(STAMP) ## Rewrite the sources in the format that lint asks for
 	$(BIN)/ruff format .

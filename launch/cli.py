@@ -12,15 +12,16 @@ defect (with a traceback); 2 for a mistake of the user (one message); 130 when i
 `TRACEVISION_DEBUG=1` shows every traceback.
 """
 
+import dataclasses
 import importlib
 import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType, UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.nearest import suggest
@@ -162,8 +163,8 @@ def parse_with_tyro(
 ) -> Any:
     """Parse flags into a dataclass (or a union of them), starting from `default` when one is given.
 
-    Exits with status 2 on a mistake, after naming the nearest flag, and with 0 after `--help`. The help text is
-    the dataclass's docstring, examples included; for a union, `description`.
+    Exits with status 2 on a mistake, after naming the nearest flag, and with 0 after `--help`. The help text
+    is the dataclass's docstring, examples included; for a union, `description`.
 
     Raises:
         UserError: the first word is none of the union's commands.
@@ -185,14 +186,50 @@ def parse_with_tyro(
         description = _dataclass_of(arguments).__doc__
     text = inspect.cleandoc(description) if description else None
     keywords = {} if default is None else {"default": default}
-    return tyro.cli(_dataclass_of(arguments), prog=program, description=text, args=list(argv), **keywords)
+    try:
+        return tyro.cli(arguments, prog=program, description=text, args=list(argv), **keywords)
+    except SystemExit as stop:
+        if stop.code == 2:
+            _print_nearest_flags(_dataclass_of(arguments), argv)
+        raise
+
+
+def _print_nearest_flags(arguments: Any, argv: Sequence[str]) -> None:
+    """Name the flag that was meant: tyro does so too, but not when a required flag is the mistyped one."""
+    known = list(flags_of(arguments))
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in (*known, "--help") and suggest(flag, known):
+            print(f"There is no flag '{flag}'.{suggest(flag, known)}", file=sys.stderr)
+
+
+def flags_of(arguments: Any, prefix: str = "--") -> Iterator[str]:
+    """The flags of a dataclass and of those in it, as tyro spells them: `--mesh.fsdp`, `--no-resume`."""
+    if not dataclasses.is_dataclass(arguments):
+        return
+    hints = get_type_hints(arguments, include_extras=True)
+    for field in dataclasses.fields(arguments):
+        hint, renamed = _dataclass_of(hints[field.name]), _given_name(hints[field.name])
+        name = renamed or field.name.strip("_").replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            yield from flags_of(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+            if hint is bool:
+                yield f"{prefix}no-{name}"
 
 
 def _nested_name(member: Any) -> str:
     """Name of a union's member: given with `tyro.conf.subcommand`, else the class name with hyphens."""
+    return (
+        _given_name(member) or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", _dataclass_of(member).__name__).lower()
+    )
+
+
+def _given_name(member: Any) -> str | None:
+    """The name in `Annotated[..., tyro.conf.subcommand(name)]` or `tyro.conf.arg(name=...)`."""
     notes = get_args(member)[1:] if get_origin(member) is Annotated else ()
-    named = [note.name for note in notes if getattr(note, "name", None)]
-    return named[0] if named else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", member.__name__).lower()
+    return next((note.name for note in notes if getattr(note, "name", None)), None)
 
 
 def _dataclass_of(member: Any) -> Any:
