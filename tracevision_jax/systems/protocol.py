@@ -5,7 +5,7 @@ packing, padding and any mesh give the same number.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -16,6 +16,7 @@ State = Any
 Scalars = dict[str, jax.Array]
 
 
+@runtime_checkable
 class System(Protocol):
     """A trainable system; stateless, its configuration frozen."""
 
