@@ -55,7 +55,14 @@ class MaskPart:
     mask: Bool[np.ndarray, "frames height width"]
 
 
-Part = str | TracePart | BoxPart | MaskPart
+@dataclass(frozen=True)
+class PhrasePart:
+    """A phrase that the parts after it belong to, written between the host's object-reference tokens."""
+
+    text: str
+
+
+Part = str | TracePart | BoxPart | MaskPart | PhrasePart
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,397 @@
+"""The processor: a sample and its conversations become arrays (`Piece`); rows of pieces become a `Batch`.
+
+    processor = Processor(vocabulary, config)
+    piece = processor.piece(sample, [templates.build(sample, task, rng) for task in tasks])
+    batch = collate([[piece], [other]], bucket, processor.config)
+
+The chat layout is Qwen2.5-VL's. Conversations about one sample share its frames; each repeats the visual tokens in
+the row. A trace that the user shows enters the TVP and the text; one that the assistant gives is only text.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.language.mrope import mrope_positions
+from tracevision_jax.records.batch import Batch, Bucket
+from tracevision_jax.records.sample import (
+    BoxPart,
+    Conversation,
+    MaskPart,
+    PhrasePart,
+    Sample,
+    TimedWord,
+    TracePart,
+)
+from tracevision_jax.records.vocabulary import SLOTS, CoordinateFormat, Vocabulary
+from tracevision_jax.trajectory.checks import check_trace
+from tracevision_jax.trajectory.tokens import format_digits
+from tracevision_jax.vision.preprocess import ImageLimits, PatchGeometry, prepare_frames
+
+Simplifier = Callable[[np.ndarray, Sequence[TimedWord], str, tuple[int, int]], np.ndarray]
+"""(points (n, 3), timed words, caption, (height, width)) -> keypoints (m, 3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorConfig:
+    """What a system needs to know of its host to lay out rows."""
+
+    geometry: PatchGeometry
+    limits: ImageLimits
+    coordinates: CoordinateFormat = "bins"
+    system_prompt: str = "You are a helpful assistant."
+    """Empty: no system turn."""
+    tokens_per_second: float = 2.0
+    """Time scaling of the multimodal rotary positions."""
+    mask_size: int = 256
+    """Side of the decoder's masks."""
+    max_points: int = 64
+    """Keypoints of one trajectory; longer ones are thinned evenly after simplification."""
+
+
+@dataclasses.dataclass
+class EncodedConversation:
+    """One conversation as arrays of its own, not yet placed in a row."""
+
+    task: str
+    tokens: np.ndarray
+    learn: np.ndarray
+    """Whether each token is to be predicted (1) or given (0)."""
+    visual: np.ndarray
+    """(tokens, 2): frame and unit of each visual token; -1 elsewhere."""
+    point: np.ndarray
+    """Index of each token's keypoint, or -1."""
+    positions: np.ndarray
+    """(tokens, 3)."""
+    points: np.ndarray
+    """(points, 3) keypoints for the TVP."""
+    point_trace: np.ndarray
+    mask_frame: list[int] = dataclasses.field(default_factory=list)
+    mask_target: list[np.ndarray] = dataclasses.field(default_factory=list)
+    mask_slots: list[np.ndarray] = dataclasses.field(default_factory=list)
+    next_position: int = 0
+    """Rotary position of the token after the last."""
+
+
+@dataclasses.dataclass
+class Piece:
+    """One sample with its conversations, ready to be placed in a row."""
+
+    conversations: list[EncodedConversation]
+    patches: np.ndarray
+    """(frames, windows, slots, patch_dim)."""
+    grid: np.ndarray
+    """(frames, 2)."""
+    frame_times: np.ndarray
+    """(frames,) seconds."""
+
+    @property
+    def resources(self) -> tuple[int, int, int, int, int, int]:
+        """What the piece takes of a `Bucket`, in the order of its fields."""
+        return (
+            sum(len(c.tokens) for c in self.conversations),
+            len(self.grid),
+            self.patches.shape[1],
+            len(self.conversations),
+            max((len(c.points) for c in self.conversations), default=0),
+            sum(len(c.mask_slots) for c in self.conversations),
+        )
+
+
+class Processor:
+    """Lays out conversations as token rows; stateless but for its vocabulary and configuration."""
+
+    def __init__(self, vocabulary: Vocabulary, config: ProcessorConfig, simplify: Simplifier):
+        if vocabulary.coordinates != config.coordinates:
+            raise UserError(
+                f"The vocabulary writes coordinates as '{vocabulary.coordinates}', the processor as "
+                f"'{config.coordinates}'; make them the same."
+            )
+        self.vocabulary, self.config, self.simplify = vocabulary, config, simplify
+
+    def piece(self, sample: Sample, conversations: Iterable[Conversation], answer: bool = True) -> Piece:
+        """Encode a sample with its conversations.
+
+        Args:
+            sample: the image or video.
+            conversations: what is said about it.
+            answer: False leaves the last assistant turn out and ends where its answer begins, for generation.
+
+        Raises:
+            UserError: an image or a trace that cannot be used.
+        """
+        patches, grid, times = prepare_frames(
+            sample.frames, sample.frames_per_second, self.config.geometry, self.config.limits
+        )
+        encoded = [self.encode(c, sample, grid, times, answer) for c in conversations]
+        return Piece(encoded, patches, grid, times)
+
+    def encode(
+        self, conversation: Conversation, sample: Sample, grid: np.ndarray, times: np.ndarray, answer: bool = True
+    ) -> EncodedConversation:
+        """Encode one conversation about frames of the given patch grids."""
+        writer = _Writer(self, sample, grid)
+        turns = list(conversation.turns)
+        if not answer and turns and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        if self.config.system_prompt and turns[0].role != "system":
+            writer.role("system")
+            writer.text(self.config.system_prompt)
+            writer.end()
+        shown = False
+        for turn in turns:
+            if turn.role not in ("system", "user", "assistant"):
+                raise UserError(f"A turn's role is '{turn.role}'; it must be system, user or assistant.")
+            writer.role(turn.role)
+            writer.learning = turn.role == "assistant"
+            if turn.role == "user" and not shown:
+                writer.frames(video=sample.frames_per_second > 0)
+                shown = True
+            for part in turn.parts:
+                writer.part(part)
+            writer.end()
+        if not answer:
+            writer.role("assistant")
+        seconds_per_frame = float(times[1] - times[0]) if len(times) > 1 else 0.0
+        visual = np.asarray(writer.visual, np.int64).reshape(-1, 2)
+        positions, following = mrope_positions(
+            visual[:, 0],
+            [(int(r), int(c)) for r, c in grid // self.config.geometry.merge],
+            seconds_per_frame * self.config.tokens_per_second if sample.frames_per_second > 0 else 0.0,
+        )
+        return EncodedConversation(
+            task=conversation.task,
+            tokens=np.asarray(writer.tokens, np.int32),
+            learn=np.asarray(writer.learn, np.float32),
+            visual=visual,
+            point=np.asarray(writer.point, np.int32),
+            positions=positions,
+            points=np.concatenate(writer.points) if writer.points else np.zeros((0, 3)),
+            point_trace=np.repeat(np.arange(len(writer.points)) + 1, [len(p) for p in writer.points]).astype(np.int32),
+            mask_frame=writer.mask_frame,
+            mask_target=writer.mask_target,
+            mask_slots=writer.mask_slots,
+            next_position=following,
+        )
+
+    def keypoints(self, trace: TracePart, size: tuple[int, int]) -> np.ndarray:
+        """Check, simplify and, where still too long, thin a trace evenly to `max_points`; (points, 3)."""
+        points = check_trace(trace.points)
+        caption = " ".join(word.text for word in trace.words)
+        points = self.simplify(points, trace.words, caption, size)
+        if len(points) > self.config.max_points:
+            points = points[np.linspace(0, len(points) - 1, self.config.max_points).round().astype(int)]
+        return np.concatenate([np.clip(points[:, :2], 0.0, 1.0), points[:, 2:]], 1)
+
+
+class _Writer:
+    """Collects the tokens of one conversation and what hangs on them."""
+
+    def __init__(self, processor: Processor, sample: Sample, grid: np.ndarray):
+        self.processor, self.sample, self.grid = processor, sample, grid
+        self.vocabulary = processor.vocabulary
+        self.tokens: list[int] = []
+        self.learn: list[float] = []
+        self.visual: list[tuple[int, int]] = []
+        self.point: list[int] = []
+        self.points: list[np.ndarray] = []
+        self.mask_frame: list[int] = []
+        self.mask_target: list[np.ndarray] = []
+        self.mask_slots: list[np.ndarray] = []
+        self.learning = False
+        self.newline = self.vocabulary.encode("\n")
+
+    def add(self, tokens: Sequence[int], learn: bool | None = None) -> None:
+        """Append tokens that are plain text or markers."""
+        self.tokens += tokens
+        self.learn += [float(self.learning if learn is None else learn)] * len(tokens)
+        self.visual += [(-1, -1)] * len(tokens)
+        self.point += [-1] * len(tokens)
+
+    def text(self, text: str) -> None:
+        self.add(self.vocabulary.encode(text))
+
+    def special(self, token: str, learn: bool | None = None) -> None:
+        self.add([self.vocabulary.special(token)], learn)
+
+    def role(self, role: str) -> None:
+        self.learning = False
+        self.special("<|im_start|>")
+        self.text(role + "\n")
+
+    def end(self) -> None:
+        """Close a turn; its end token is learned with an assistant's text, the newline after it never."""
+        self.special("<|im_end|>")
+        self.add(self.newline, learn=False)
+
+    def frames(self, video: bool) -> None:
+        """The sample's visual tokens, frame after frame, each in raster order of its merged units."""
+        self.special("<|vision_start|>")
+        pad = self.vocabulary.special("<|video_pad|>" if video else "<|image_pad|>")
+        geometry = self.processor.config.geometry
+        for frame, (rows, cols) in enumerate(self.grid // geometry.merge):
+            units = unit_slots(int(rows), int(cols), geometry.window_units)
+            self.add([pad] * len(units), learn=False)
+            self.visual[-len(units) :] = [(frame, int(unit)) for unit in units]
+        self.special("<|vision_end|>")
+
+    def part(self, part) -> None:
+        """Append any part of a turn."""
+        if isinstance(part, str):
+            self.text(part)
+        elif isinstance(part, PhrasePart):
+            self.special("<|object_ref_start|>")
+            self.text(part.text)
+            self.special("<|object_ref_end|>")
+        elif isinstance(part, BoxPart):
+            self.special("<|box_start|>")
+            self.coordinates(np.asarray(part.box).reshape(2, 2))
+            self.special("<|box_end|>")
+        elif isinstance(part, TracePart):
+            self.trace(part)
+        elif isinstance(part, MaskPart):
+            self.mask(part)
+        else:
+            raise TypeError(f"not a part of a conversation: {type(part).__name__}")
+
+    def coordinates(self, points: np.ndarray) -> None:
+        """Points (n, 2) as bin tokens or as the paper's text."""
+        if self.processor.config.coordinates == "bins":
+            self.add(self.vocabulary.encode_coordinates(points.reshape(-1)))
+        else:
+            self.text(format_digits(points))
+
+    def trace(self, part: TracePart) -> None:
+        points = self.processor.keypoints(part, self.sample.size)
+        self.add([self.vocabulary.traj_open])
+        start = len(self.tokens)
+        self.coordinates(points[:, :2])
+        if not self.learning:
+            first = sum(len(p) for p in self.points)
+            if self.processor.config.coordinates == "bins":
+                self.point[start:] = np.repeat(np.arange(first, first + len(points)), 2).tolist()
+            else:
+                self.point[start:] = _spread(len(self.tokens) - start, len(points), first)
+            self.points.append(points)
+        self.add([self.vocabulary.traj_close])
+
+    def mask(self, part: MaskPart) -> None:
+        """[SEG] and its six slots: [SEG] is learned, the slots are fed."""
+        self.add([self.vocabulary.seg])
+        slots = np.arange(len(self.tokens), len(self.tokens) + SLOTS)
+        self.add(self.vocabulary.slots, learn=False)
+        masks = np.asarray(part.mask)
+        step = self.processor.config.geometry.temporal_patch if self.sample.frames_per_second > 0 else 1
+        for frame in range(len(self.grid)):
+            self.mask_frame.append(frame)
+            self.mask_slots.append(slots)
+            source = masks[min(frame * step, len(masks) - 1)]
+            self.mask_target.append(shrink_mask(source, self.processor.config.mask_size))
+
+
+def _spread(tokens: int, points: int, first: int) -> list[int]:
+    """Which point each text token of a written trajectory belongs to, by equal shares."""
+    return (first + np.arange(tokens) * points // max(tokens, 1)).tolist()
+
+
+def unit_slots(rows: int, cols: int, window_units: int) -> np.ndarray:
+    """Places, in window order, of a frame's merged units taken in raster order."""
+    row, col = np.divmod(np.arange(rows * cols), cols)
+    window = (row // window_units) * -(-cols // window_units) + col // window_units
+    return window * window_units**2 + (row % window_units) * window_units + col % window_units
+
+
+def shrink_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """A boolean mask as area shares on a (size, size) grid stretched over the whole image, float32."""
+    image = Image.fromarray(np.asarray(mask, np.uint8) * 255)
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32) / 255.0
+
+
+def collate(rows: Sequence[Sequence[Piece]], bucket: Bucket, config: ProcessorConfig) -> Batch:
+    """Place rows of pieces into the arrays of a bucket; an empty row has no weight at all.
+
+    Raises:
+        ValueError: a row does not fit the bucket.
+    """
+    batch = empty_batch(len(rows), bucket, config)
+    for row, pieces in enumerate(rows):
+        _place(batch, row, pieces, bucket, config)
+    return batch
+
+
+def empty_batch(rows: int, bucket: Bucket, config: ProcessorConfig) -> Batch:
+    """A batch of padding."""
+    b, t, f, c = rows, bucket.tokens, bucket.frames, bucket.conversations
+    p, k, m, w = bucket.points, bucket.masks, config.mask_size, bucket.windows
+    geometry = config.geometry
+    i32, f32 = np.int32, np.float32
+    return Batch(
+        tokens=np.zeros((b, t), i32),
+        segments=np.zeros((b, t), i32),
+        positions=np.zeros((b, t, 3), i32),
+        targets=np.zeros((b, t), i32),
+        target_weights=np.zeros((b, t), f32),
+        visual_index=np.full((b, t), -1, i32),
+        point_index=np.full((b, t), -1, i32),
+        patches=np.zeros((b, f, w, geometry.slots, geometry.patch_dim), f32),
+        grid=np.zeros((b, f, 2), i32),
+        frame_times=np.zeros((b, f), f32),
+        frame_owner=np.zeros((b, c, f), bool),
+        points=np.zeros((b, c, p, 3), f32),
+        point_trace=np.zeros((b, c, p), i32),
+        masks=np.zeros((b, k, m, m), f32),
+        mask_frame=np.zeros((b, k), i32),
+        mask_group=np.zeros((b, k), i32),
+        mask_slots=np.zeros((b, k, SLOTS), i32),
+    )
+
+
+def _place(batch: Batch, row: int, pieces: Sequence[Piece], bucket: Bucket, config: ProcessorConfig) -> None:
+    """Write the pieces of one row; the arrays are numpy here and filled in place."""
+    units = bucket.windows * config.geometry.window_units**2
+    token = frame = conversation = mask = group = 0
+    for piece in pieces:
+        frames = len(piece.grid)
+        _check_room(piece, bucket, token, frame, conversation, mask)
+        span = slice(frame, frame + frames)
+        batch.patches[row, span, : piece.patches.shape[1]] = piece.patches
+        batch.grid[row, span] = piece.grid
+        batch.frame_times[row, span] = piece.frame_times
+        for encoded in piece.conversations:
+            n = len(encoded.tokens)
+            here = slice(token, token + n)
+            batch.tokens[row, here] = encoded.tokens
+            batch.segments[row, here] = conversation + 1
+            batch.positions[row, here] = encoded.positions
+            batch.targets[row, token : token + n - 1] = encoded.tokens[1:]
+            batch.target_weights[row, token : token + n - 1] = encoded.learn[1:]
+            place = (conversation * bucket.frames + frame + encoded.visual[:, 0]) * units + encoded.visual[:, 1]
+            batch.visual_index[row, here] = np.where(encoded.visual[:, 0] >= 0, place, -1)
+            batch.point_index[row, here] = np.where(
+                encoded.point >= 0, conversation * bucket.points + encoded.point, -1
+            )
+            batch.frame_owner[row, conversation, span] = True
+            batch.points[row, conversation, : len(encoded.points)] = encoded.points
+            batch.point_trace[row, conversation, : len(encoded.points)] = encoded.point_trace
+            for index, target in enumerate(encoded.mask_target):
+                batch.masks[row, mask] = target
+                batch.mask_frame[row, mask] = frame + encoded.mask_frame[index]
+                batch.mask_group[row, mask] = group + encoded.mask_frame[index] + 1
+                batch.mask_slots[row, mask] = token + encoded.mask_slots[index]
+                mask += 1
+            group += frames
+            token += n
+            conversation += 1
+        frame += frames
+
+
+def _check_room(piece: Piece, bucket: Bucket, token: int, frame: int, conversation: int, mask: int) -> None:
+    taken = (token, frame, 0, conversation, 0, mask)
+    for name, used, needed, room in zip(
+        (f.name for f in dataclasses.fields(Bucket)), taken, piece.resources, dataclasses.astuple(bucket), strict=True
+    ):
+        if used + needed > room:
+            raise ValueError(f"a row needs {used + needed} {name}, its bucket has {room} ({bucket})")

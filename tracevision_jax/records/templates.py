@@ -1,0 +1,204 @@
+"""Task templates: what a sample says, put as a conversation. TraceVision, Sec. 3 and App. G.
+
+A data set declares task kinds (`Sample.tasks`); each kind has one builder here, so data sets and systems meet only in
+these names. Wording varies by the random generator in training; with `rng=None` the first wording is used, which is
+also what `tracevision_jax.inference` asks.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.nearest import suggest
+from tracevision_jax.records.sample import (
+    BoxPart,
+    Conversation,
+    MaskPart,
+    Part,
+    PhrasePart,
+    Question,
+    Region,
+    Sample,
+    TimedWord,
+    TracePart,
+    Turn,
+)
+
+Rng = np.random.Generator | None
+
+DESCRIBE = (
+    ("The user's gaze followed ", ". Describe what it rests on."),
+    ("This is where someone looked: ", ". What did they look at?"),
+    ("Follow ", " and describe what it passes."),
+)
+PREDICT = (
+    ('Where would the gaze go while saying "', '"? Give the trajectory.'),
+    ('Trace this description: "', '".'),
+    ('Someone says "', '". Give their gaze trajectory.'),
+)
+JOINT = ("Describe the image and give the trajectory of your gaze.", "Narrate the image, then trace your narration.")
+CAPTION = ("Describe the image.", "What is in this image?", "Give a short description of the image.")
+WHERE = (("Where is ", "? Answer with a box."), ("Locate ", " with a box."), ("Give the box of ", "."))
+WHAT_BOX = (("What is in ", "?"), ("Name the object in ", "."))
+SEGMENT = (("Segment ", "."), ("Give the mask of ", "."), ("Outline ", "."))
+SEGMENT_TRACE = (("Segment what ", " points at."), ("Give the mask of what ", " rests on."))
+
+
+def choose(options: Sequence, rng: Rng):
+    """The first option, or a random one."""
+    return options[0] if rng is None else options[rng.integers(len(options))]
+
+
+def full_trace(sample: Sample) -> TracePart:
+    """All strokes of a sample's narrative in order of time."""
+    points = np.concatenate(sample.strokes)
+    return TracePart(points[np.argsort(points[:, 2], kind="stable")], sample.words)
+
+
+def conversation(task: str, user: Sequence[Part], assistant: Sequence[Part]) -> Conversation:
+    """One question and its answer."""
+    return Conversation(task, (Turn("user", tuple(user)), Turn("assistant", tuple(assistant))))
+
+
+def describe_trace(trace: TracePart, answer: str, rng: Rng = None) -> Conversation:
+    """Trajectory-guided captioning (App. G, prompt 1)."""
+    before, after = choose(DESCRIBE, rng)
+    return conversation("caption_from_trace", (before, trace, after), (answer,))
+
+
+def predict_trace(caption: str, answer: TracePart | None, rng: Rng = None) -> Conversation:
+    """Caption-guided trajectory prediction (App. G, prompt 2)."""
+    before, after = choose(PREDICT, rng)
+    return conversation("trace_from_caption", (f"{before}{caption}{after}",), (answer,) if answer else ())
+
+
+def locate(phrase: str, box: np.ndarray | None, rng: Rng = None) -> Conversation:
+    """Referring localisation."""
+    before, after = choose(WHERE, rng)
+    return conversation("refer_box", (f"{before}{phrase}{after}",), (BoxPart(box),) if box is not None else ())
+
+
+def segment_phrases(regions: Sequence[Region], rng: Rng = None, prompt: str | None = None) -> Conversation:
+    """Referring segmentation of one or several targets; the answer interleaves phrases and [SEG]."""
+    before, after = choose(SEGMENT, rng)
+    asked = prompt if prompt is not None else _listed([region.phrase for region in regions])
+    return conversation("refer_segment", (f"{before}{asked}{after}",), _masked_phrases(regions))
+
+
+def segment_trace(trace: TracePart, regions: Sequence[Region], rng: Rng = None) -> Conversation:
+    """Trajectory-guided segmentation."""
+    before, after = choose(SEGMENT_TRACE, rng)
+    return conversation("trace_segment", (before, trace, after), _masked_phrases(regions))
+
+
+def _masked_phrases(regions: Sequence[Region]) -> list[Part]:
+    parts: list[Part] = []
+    for index, region in enumerate(regions):
+        parts += [" and "] if index else []
+        assert region.mask is not None
+        parts += [PhrasePart(region.phrase), MaskPart(region.mask)]
+    return parts
+
+
+def _listed(phrases: Sequence[str]) -> str:
+    return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+
+
+def _caption_from_trace(sample: Sample, rng: Rng) -> Conversation:
+    return describe_trace(full_trace(sample), sample.caption, rng)
+
+
+def _trace_from_caption(sample: Sample, rng: Rng) -> Conversation:
+    return predict_trace(sample.caption, full_trace(sample), rng)
+
+
+def _joint_caption_trace(sample: Sample, rng: Rng) -> Conversation:
+    return conversation("joint_caption_trace", (choose(JOINT, rng),), (sample.caption, full_trace(sample)))
+
+
+def _plain_caption(sample: Sample, rng: Rng) -> Conversation:
+    return conversation("plain_caption", (choose(CAPTION, rng),), (sample.caption,))
+
+
+def _plain_boxes(sample: Sample, rng: Rng) -> Conversation:
+    region = _one_region(sample, rng, "box")
+    before, after = choose(WHAT_BOX, rng)
+    return conversation("plain_boxes", (before, BoxPart(region.box[0]), after), (region.phrase,))
+
+
+def _refer_box(sample: Sample, rng: Rng) -> Conversation:
+    region = _one_region(sample, rng, "box")
+    return locate(region.phrase, region.box[0], rng)
+
+
+def _refer_segment(sample: Sample, rng: Rng) -> Conversation:
+    masked = [region for region in sample.regions if region.mask is not None]
+    count = 1 if rng is None or len(masked) < 2 else int(rng.integers(1, min(3, len(masked)) + 1))
+    order = range(len(masked)) if rng is None else rng.permutation(len(masked))
+    return segment_phrases([masked[index] for index in list(order)[:count]], rng)
+
+
+def _trace_segment(sample: Sample, rng: Rng) -> Conversation:
+    return _question(sample, rng, ("trace_segment",))
+
+
+def _trace_qa(sample: Sample, rng: Rng) -> Conversation:
+    return _question(sample, rng, None)
+
+
+def _dialogue(sample: Sample, rng: Rng) -> Conversation:
+    return _question(sample, rng, ("dialogue",))
+
+
+def _one_region(sample: Sample, rng: Rng, need: str) -> Region:
+    present = [region for region in sample.regions if np.isfinite(region.box[0]).all()]
+    if not present:
+        raise ValueError(f"sample {sample.id} of {sample.source} has no region with a {need} in its first frame")
+    return choose(present, rng)
+
+
+def _question(sample: Sample, rng: Rng, kinds: Sequence[str] | None) -> Conversation:
+    other = ("dialogue", "trace_segment")
+    fitting: list[Question] = [
+        q for q in sample.questions if (q.kind in kinds if kinds else q.kind not in other)
+    ]
+    if not fitting:
+        raise ValueError(f"sample {sample.id} of {sample.source} has no question of kind {kinds or 'qa'}")
+    question = choose(fitting, rng)
+    return Conversation("dialogue" if kinds == ("dialogue",) else (kinds or ("trace_qa",))[0], question.turns)
+
+
+TASKS: dict[str, Callable[[Sample, Rng], Conversation]] = {
+    "caption_from_trace": _caption_from_trace,
+    "trace_from_caption": _trace_from_caption,
+    "joint_caption_trace": _joint_caption_trace,
+    "trace_qa": _trace_qa,
+    "refer_box": _refer_box,
+    "refer_segment": _refer_segment,
+    "trace_segment": _trace_segment,
+    "dialogue": _dialogue,
+    "plain_caption": _plain_caption,
+    "plain_boxes": _plain_boxes,
+}
+"""Task kind -> builder."""
+
+
+def build(sample: Sample, task: str, rng: Rng = None) -> Conversation:
+    """Build the conversation of a task from a sample.
+
+    Raises:
+        UserError: no such task, or the sample cannot serve it.
+    """
+    if task not in TASKS:
+        raise UserError(f"No task '{task}'.{suggest(task, TASKS)} Tasks: {', '.join(TASKS)}.")
+    try:
+        return TASKS[task](sample, rng)
+    except ValueError as error:
+        raise UserError(f"Task '{task}' does not fit: {error}.") from error
+
+
+def spoken_words(caption: str, seconds_per_word: float = 0.4) -> tuple[TimedWord, ...]:
+    """Evenly timed words, for a caption that was never spoken."""
+    words = caption.split()
+    return tuple(TimedWord(w, i * seconds_per_word, (i + 1) * seconds_per_word) for i, w in enumerate(words))
