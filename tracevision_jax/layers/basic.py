@@ -1,0 +1,84 @@
+"""Modules shared by the language model and the towers: RMS norm, gated MLP, projections, and remat by name.
+
+Everything takes `dtype` (in which it computes) and `param_dtype` (in which parameters live). Matrices start with
+std 1/sqrt(fan in), so that activations keep their size at any width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tracevision_jax.layers.sharding import constrain
+
+kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+REMAT_POLICIES = ("none", "full", "dots")
+"""What the backward pass recomputes: nothing, everything, everything but products with weights."""
+
+
+def rematerialised(module: type[nn.Module], policy: str) -> Any:
+    """Wrap a module class (the body of a scan) so that its activations are recomputed as the policy says."""
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"no remat policy '{policy}'; known are {', '.join(REMAT_POLICIES)}")
+    if policy == "none":
+        return module
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return nn.remat(module, policy=keep, prevent_cse=False)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019), statistics in float32."""
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (normed * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+def projection(
+    name: str,
+    features: int | Sequence[int],
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    bias: bool = True,
+    axis: int | Sequence[int] = -1,
+) -> nn.DenseGeneral:
+    """A linear map over the last axis or axes, named for the parameter tree: (in..., out...) kernels."""
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=kernel_init,
+        name=name,
+    )
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU)."""
+
+    hidden: int
+    bias: bool
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype, "bias": self.bias}
+        gate = projection("gate", self.hidden, **options)(x)
+        up = projection("up", self.hidden, **options)(x)
+        hidden = nn.silu(gate) * up
+        hidden = constrain(hidden, "batch", *(None,) * (hidden.ndim - 2), "mlp")
+        return projection("down", x.shape[-1], **options)(hidden)

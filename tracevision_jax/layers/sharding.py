@@ -1,0 +1,82 @@
+"""Names for activations' axes, and `constrain`, which pins an activation's layout where a mesh is in force.
+
+Model code says what an axis is (`constrain(x, "batch", "tokens", "width")`); `activation_sharding(mesh, rules)` says
+over which mesh axes each name is split. Without that context `constrain` does nothing.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
+
+from tracevision_jax.ops.attention import attention_mesh
+
+AXIS_NAMES = (
+    "batch",
+    "tokens",
+    "width",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "vocab",
+    "frames",
+    "windows",
+    "slots",
+)
+"""The logical axes that model code may name."""
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+_active: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("activation_sharding", default=None)
+
+
+def _mesh_axes(rules: Rules, name: str | None) -> tuple[str, ...]:
+    axes = rules.get(name) if name is not None else None
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+@contextlib.contextmanager
+def activation_sharding(mesh: Mesh, rules: Rules, platform: str | None = None) -> Iterator[None]:
+    """Lay out activations traced inside over `mesh`: `rules` maps logical axis names to mesh axes or None.
+
+    Attention kernels learn the mesh, too. Raises ValueError for names that are no logical axis.
+    """
+    unknown = sorted(set(rules) - set(AXIS_NAMES))
+    if unknown:
+        raise ValueError(f"no logical axes: {', '.join(unknown)}; known are {', '.join(AXIS_NAMES)}")
+    token = _active.set((mesh, rules))
+    try:
+        with attention_mesh(mesh, _mesh_axes(rules, "batch"), _mesh_axes(rules, "heads"), platform):
+            yield
+    finally:
+        _active.reset(token)
+
+
+def layout(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """Return the layout of an array: a mesh axis is used once, and only where it divides the axis."""
+    spec, used = [], set()
+    for size, name in zip(shape, names, strict=True):
+        taken = []
+        for axis in _mesh_axes(rules, name):
+            if axis not in used and size % mesh.shape[axis] == 0:
+                taken.append(axis)
+                used.add(axis)
+                size //= mesh.shape[axis]
+        spec.append(tuple(taken) or None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "..."]:
+    """Pin the layout of `x`, one logical name (or None) an axis; unchanged when no context is active."""
+    unknown = [name for name in names if name is not None and name not in AXIS_NAMES]
+    if unknown or len(names) != x.ndim:
+        raise ValueError(f"names {names} for an array of shape {x.shape}; known are {', '.join(AXIS_NAMES)}")
+    active = _active.get()
+    if active is None:
+        return x
+    mesh, rules = active
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout(x.shape, names, mesh, rules)))
