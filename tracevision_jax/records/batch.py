@@ -6,6 +6,7 @@ frames follow each other along F. Absent things are padding, and padding never c
 """
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import numpy as np
@@ -33,6 +34,7 @@ class Bucket:
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # jax also builds it of specs, shardings and donation flags, which have no such shapes
 @dataclass(frozen=True)
 class Batch:
     """See the module's text for the axes; the padding value of each field stands in its line."""
