@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 
 help: ## List the targets
 	@echo "tracevision-jax: make TARGET"
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z]+)( [a-z]+)*:[^#]*## (.*)/  \1\t\3/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup venv: $(STAMP) ## Make the environment in .venv; does nothing when pyproject.toml has not changed
 
