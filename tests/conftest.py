@@ -12,6 +12,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+import tests.typechecking  # noqa: F401 - jaxtyping's hook looks it up by name
+
 ROOT = Path(__file__).resolve().parents[1]
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,7 +1,7 @@
 """The type checker that tests put behind every signature (`--jaxtyping-packages` in pyproject.toml).
 
 jaxtyping wraps each function so that shapes and dtypes are compared with its annotations, names of axes bound
-within one call. Constructors are the exception: Flax fills its modules with sentinels, and jax rebuilds pytree
+within one call. Constructors are the exception: Flax fills modules with sentinels, and jax rebuilds pytree
 records from tracers, placeholders and slices. Those of the `Sample` record, which is neither, are checked.
 """
 
