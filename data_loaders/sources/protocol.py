@@ -1,8 +1,9 @@
-"""What the data pipeline asks of a dataset: random access to samples, their sizes without decoding, and a fingerprint.
+"""What the data pipeline asks of a dataset: samples by number, their sizes without decoding, and a
+fingerprint.
 
-A `Source` is one dataset with one way of reading it (`localized_narratives.py`, `synthetic.py`, the TFDS reader, ...).
-The epoch plan reads `sizes` of every record once (the length index) and gets by with that; the workers read records
-by number. A source is picklable, since worker processes receive it, and opens its files lazily.
+A `Source` is one dataset with one way of reading it (`localized_narratives.py`, `synthetic.py`, `tfds.py`).
+The epoch plan reads `sizes` of every record once (the length index) and gets by with that; the workers read
+records by number. A source is picklable, since worker processes receive it, and opens its files lazily.
 """
 
 from dataclasses import dataclass
@@ -59,5 +60,5 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return a short text that changes whenever a record or its number changes; keys caches of the sizes."""
+        """Return a short text that changes whenever a record or its number does; caches are keyed by it."""
         ...

@@ -1,1 +1,1 @@
-"""Synthetic scenes: images and short videos with narratives, traces, masks and questions, drawn from a seed."""
+"""Synthetic scenes: images and short videos with narratives, traces, masks and questions, from a seed."""

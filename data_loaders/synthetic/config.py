@@ -1,11 +1,14 @@
-"""What synthetic scenes are made of: `SceneConfig`, and the names of colours, shapes, sizes, textures, backgrounds.
+"""What synthetic scenes are made of: `SceneConfig`, and the names of colours, shapes, sizes, textures,
+backgrounds.
 
-Every choice of a scene is drawn from these ranges with a generator keyed by (seed, index), so a scene depends on its
-seed, its index and its config alone. Two seeds give unrelated scenes: use one seed to train and another to hold out.
+Every choice of a scene is drawn from these ranges with a generator keyed by (seed, index), so a scene
+depends on its seed, its index and its config alone. Two seeds give unrelated scenes: train on one, hold out
+another.
 
-How palettes vary: the eight colours are far apart in hue or lightness; each object's colour is its named colour moved
-by up to `palette_variation` of the way (the channels' own range) in brightness and tint, which never crosses to a
-neighbouring name at the default. Backgrounds have low saturation, so that no background has the name of an object.
+How palettes vary: the eight colours are far apart in hue or lightness. Each object's colour is its named
+colour made brighter or darker by a factor of up to 1 +- `palette_variation`, with each channel moved by up
+to half of that. At the default it stays nearer to its own name than to any other; a test holds that.
+Backgrounds have low saturation, so that none has the colour of an object.
 """
 
 from dataclasses import dataclass
@@ -56,7 +59,7 @@ class SceneConfig:
     objects: tuple[int, int] = (4, 6)
     """How many objects a scene has; each is alone in its pair of colour and shape."""
     named: tuple[int, int] = (2, 4)
-    """How many of them the narrative names."""
+    """How many of them the narrative names; fewer more often."""
     colours: tuple[str, ...] = tuple(COLOURS)
     shapes: tuple[str, ...] = SHAPES
     textures: tuple[str, ...] = TEXTURES
@@ -74,7 +77,8 @@ class SceneConfig:
     """Whether scenes have a caption with times and a trace; without, they have a caption and regions only."""
     brief: bool = False
     """Short narratives: no openings, size words, second relations or fillers."""
-    words_per_second: tuple[float, float] = (2.0, 4.0)
+    words_per_second: tuple[float, float] = (2.5, 4.0)
+    """Speed of speech, pauses included."""
     points_per_second: float = 60.0
     two_strokes: float = 0.25
     """Chance that the pointer leaves the image once and comes back."""
@@ -112,8 +116,8 @@ class SceneConfig:
             raise UserError("scene colours, shapes, textures and backgrounds need at least one name each")
         if len(self.colours) * len(self.shapes) < self.objects[1]:
             raise UserError(
-                f"{self.objects[1]} objects need as many pairs of colour and shape, "
-                f"and there are {len(self.colours)} x {len(self.shapes)}: give more colours or shapes, or fewer objects"
+                f"{self.objects[1]} objects need as many pairs of colour and shape, and there are "
+                f"{len(self.colours)} x {len(self.shapes)}: give more colours or shapes, or fewer objects"
             )
         if self.frames < 1 or self.frames_per_second <= 0 or self.points_per_second <= 0:
             raise UserError("scene frames, frames_per_second and points_per_second must be positive")

@@ -1,4 +1,4 @@
-"""Drawing of a scene: backgrounds, textured and shaded objects with soft edges and shadows, and visible masks.
+"""Drawing of a scene: backgrounds, textured objects with soft edges and shadows, and masks of what is seen.
 
 All shapes are drawn from signed distances on the crop that they touch, in float32.
 """
@@ -15,7 +15,8 @@ from data_loaders.synthetic.shapes import signed_distance
 TONES = np.array(
     [
         (232, 228, 220), (214, 220, 226), (196, 202, 192), (226, 214, 200), (178, 184, 192),
-        (158, 152, 146), (120, 128, 136), (98, 104, 98), (84, 80, 88), (62, 68, 78), (146, 160, 168), (205, 196, 206),
+        (158, 152, 146), (120, 128, 136), (98, 104, 98), (84, 80, 88), (62, 68, 78),
+        (146, 160, 168), (205, 196, 206),
     ],
     np.float32,
 ) / 255  # fmt: skip
@@ -46,7 +47,7 @@ def draw(
 
 @lru_cache(maxsize=1)
 def _grain() -> Float[np.ndarray, "512 512"]:
-    """A fixed tile of film grain, cut at random places: drawing fresh noise would cost more than all the rest."""
+    """A fixed tile of film grain, cut at random places: fresh noise would cost more than all the rest."""
     return np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32)
 
 
@@ -132,7 +133,7 @@ def _surface(thing: SceneObject, xs, ys, distance, style) -> Picture:
         u = np.mod(xs / period + style[0], 1) - 0.5
         v = np.mod(ys / period + style[1], 1) - 0.5
         pattern = np.clip(0.5 + (0.27 - np.sqrt(u * u + v * v)) * period * tone, 0, 1)
-    # Bright colours get a darker pattern, dark ones a lighter one, so that the named colour stays the main one.
+    # Bright colours get a darker pattern, dark ones a lighter one; the named colour stays the main one.
     bright = rgb.mean() > 0.55
     other = rgb * np.float32(0.55) if bright else rgb + (1 - rgb) * np.float32(0.6)
     return surface + (pattern[..., None] * light[..., None]) * (other - rgb)

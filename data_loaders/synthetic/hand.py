@@ -1,12 +1,13 @@
 """The speaker's clock and hand: times of words, and a pointer trace that hovers over what is being named.
 
-The trace is sampled at a fixed rate. Between objects the hand moves as hands do, along a minimum-jerk profile with a
-slight bow; over an object it draws loops or scribbles of varying size, hesitates now and then, and always trembles
-a little. It follows the words with a small lag, as in Localized Narratives (arXiv 1912.03098, Sec. 3).
+The trace is sampled at a fixed rate. Between objects the hand moves as hands do, along a minimum-jerk
+profile with a slight bow; over an object it draws loops or scribbles of varying size, hesitates now and
+then, and always trembles a little. It keeps to the words with a small lag or lead.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -32,14 +33,17 @@ class Visit:
 def time_words(
     said: Sequence[Said], words_per_second: float, duration: float | None, random: np.random.Generator
 ) -> list[TimedWord]:
-    """Give every word a time: longer words take longer, commas and full stops make pauses; `duration` fixes the end."""
+    """Give every word a time: longer words take longer, and commas and full stops make pauses.
+
+    The words end after `duration` seconds, or as many as the rate gives.
+    """
     weights = np.array([2.5 + len(word.text) for word in said]) * random.uniform(0.8, 1.25, len(said))
-    spoken = weights / weights.mean() / words_per_second
+    spoken = weights / weights.mean() * 0.3
     pauses = np.array([_pause(word) for word in said]) * random.uniform(0.5, 1.5, len(said))
     starts = 0.15 + np.concatenate([[0.0], np.cumsum(spoken + pauses)[:-1]])
     ends = starts + spoken
-    if duration is not None:
-        starts, ends = starts * (duration / ends[-1]), ends * (duration / ends[-1])
+    scale = (len(said) / words_per_second if duration is None else duration) / ends[-1]
+    starts, ends = starts * scale, ends * scale
     return [
         TimedWord(word.text, float(start), float(end))
         for word, start, end in zip(said, np.round(starts, 3), np.round(ends, 3), strict=True)
@@ -113,7 +117,7 @@ def hover(
     else:
         # A scribble: quick strokes to and fro along x while y drifts up and down.
         loop = np.stack([np.sin(1.6 * phase), 0.9 * np.sin(0.37 * phase)], axis=1)
-    tremor = 0.004 * np.stack([_tremble(len(times), 3, random), _tremble(len(times), 3, random)], axis=1)
+    tremor = 0.003 * np.stack([_tremble(len(times), 5, random), _tremble(len(times), 5, random)], axis=1)
     drift = 0.25 * np.stack([_tremble(len(times), 40, random), _tremble(len(times), 40, random)], axis=1)
     place = place + reach * (loop * swell[:, None] + drift) + tremor
     return np.concatenate([place, times[:, None]], axis=1), np.stack([begins, begins + travel], axis=1)
@@ -130,11 +134,15 @@ def _phase(times: Times, points_per_second: float, random) -> Times:
     return random.uniform(0, 2 * np.pi) + sign * np.cumsum(speed) / points_per_second
 
 
+@lru_cache
+def _window(smooth: int) -> Float[np.ndarray, "width"]:
+    kernel = np.hanning(2 * smooth + 1)
+    return kernel / np.sqrt((kernel * kernel).sum())
+
+
 def _tremble(count: int, smooth: int, random) -> Float[np.ndarray, "count"]:
     """Noise of unit spread that changes over about `smooth` points."""
-    kernel = np.hanning(2 * smooth + 1)
-    kernel /= np.sqrt((kernel * kernel).sum())
-    return np.convolve(random.standard_normal(count + 2 * smooth), kernel, mode="valid")
+    return np.convolve(random.standard_normal(count + 2 * smooth), _window(smooth), mode="valid")
 
 
 def split_strokes(trace: Trace, gap: Float[np.ndarray, "2"]) -> tuple[Trace, ...]:

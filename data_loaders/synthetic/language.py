@@ -1,7 +1,7 @@
 """English for scenes: places, relations, phrases and narratives.
 
-A narrative is a list of `Said` words, each with the object that the speaker's hand is at while saying it, so that the
-times and the trace (`hand.py`) can be made from it.
+A narrative is a list of `Said` words, each with the object that the speaker's hand is at while saying it,
+so that the times and the trace (`hand.py`) can be made from it.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,10 @@ class Said:
 
 @dataclass(frozen=True)
 class Narrative:
-    """What is said of a scene: `order` and `phrases` are the named objects and how the caption names each first."""
+    """What is said of a scene; `order` and `phrases` are the named objects and how each is named first.
+
+    A phrase at the start of a sentence has a capital in the caption, and none in `phrases`.
+    """
 
     said: tuple[Said, ...]
     order: tuple[int, ...]
@@ -64,7 +67,7 @@ def place_of(centre: tuple[float, float]) -> str:
 
 
 def relation_of(a: tuple[float, float], b: tuple[float, float]) -> str | None:
-    """How `a` lies against `b` ("to the left of", "to the right of", "above", "below"); None where it is not clear."""
+    """How `a` lies against `b`: "to the left of", "to the right of", "above", "below"; None if not clear."""
     dx, dy = a[0] - b[0], a[1] - b[1]
     if max(abs(dx), abs(dy)) < 0.15 or min(abs(dx), abs(dy)) > 0.6 * max(abs(dx), abs(dy)):
         return None
@@ -121,9 +124,9 @@ def _motion(layout: Layout, number: int) -> str:
 
 
 def narrate(layout: Layout, config: SceneConfig, random: np.random.Generator) -> Narrative:
-    """Say something about some of the objects: where the first is, then each by place or against an earlier one."""
+    """Name some of the objects: the first by its place, each other by place or against an earlier one."""
     count = len(layout.objects)
-    named = min(count, int(random.integers(config.named[0], config.named[1] + 1)))
+    named = min(count, *(int(k) for k in random.integers(config.named[0], config.named[1] + 1, 2)))
     order = [int(k) for k in random.permutation(count)[:named]]
     fillers = 0.0 if config.brief else 0.08 * float(random.random() < 0.5)
     phrases, said = [], []
@@ -135,10 +138,7 @@ def narrate(layout: Layout, config: SceneConfig, random: np.random.Generator) ->
         if motion and random.random() < 0.7:
             parts[-1] = (f"{parts[-1][0]}, {motion}", parts[-1][1])
         said.extend(_sentence(parts, random, fillers))
-    # A capital at the start of a sentence changes the phrase as written.
-    caption = " ".join(word.text for word in said if not word.filler)
-    written = [p if p in caption else p[0].upper() + p[1:] for p in phrases]
-    return Narrative(tuple(said), tuple(order), tuple(written))
+    return Narrative(tuple(said), tuple(order), tuple(phrases))
 
 
 def _mention(layout: Layout, earlier, number: int, phrase: str, brief: bool, random) -> list[tuple[str, int]]:
@@ -166,7 +166,7 @@ def _relative(layout, anchor: int, relation: str, earlier, number: int, phrase, 
     reference = "it" if last and random.random() < 0.4 else short_phrase(layout.objects[anchor])
     # The hand still rests on the object just named; a more distant one is not visited again.
     at = anchor if last else number
-    extra = f" {place}" if not brief and random.random() < 0.3 else ""
+    extra = f" {place}" if not brief and random.random() < 0.2 else ""
     form = int(random.integers(3))
     if form == 0:
         return [(f"{relation} {reference}", at), (f"there is {phrase}{extra}", number)]

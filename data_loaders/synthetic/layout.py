@@ -9,6 +9,8 @@ from data_loaders.synthetic.config import COLOURS, SIZES, SceneConfig
 
 CANDIDATES = 48
 """Places tried for each object."""
+CLOSE = 0.3
+"""Chance that an object goes where it overlaps most; drawn evenly, places would hardly ever overlap."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Layout:
     def centres(self, number: int, seconds: Float[np.ndarray, "times"]) -> Float[np.ndarray, "times 2"]:
         """Centre (x, y) in [0, 1] of object `number` at each time; objects bounce off the borders."""
         thing = self.objects[number]
+        if thing.velocity_px == (0.0, 0.0):
+            return np.broadcast_to(np.array(self.centre(number)), (len(seconds), 2))
         sides = np.array([self.width, self.height], np.float64)
         low = np.full(2, thing.radius_px)
         room = np.maximum(sides - 2 * low, 1e-6)
@@ -93,8 +97,11 @@ def make_layout(config: SceneConfig, random: np.random.Generator) -> Layout:
 
 
 def _place(placed, radius: float, height: int, width: int, overlap: float, random) -> tuple[float, float]:
-    """The first of some random centres where no earlier object shares more than `overlap` of the smaller one's square;
-    the one with the least sharing if there is none."""
+    """Centre (x, y) for a new object among those `placed` as (x, y, radius).
+
+    It is the first of some random ones where the squares around the objects share at most `overlap` of the
+    smaller one's area, all earlier objects together; where there is none, the one that shares least.
+    """
     low, high = min(radius, width / 2), max(width - radius, width / 2)
     xs = random.uniform(low, high, CANDIDATES)
     low, high = min(radius, height / 2), max(height - radius, height / 2)
@@ -105,10 +112,12 @@ def _place(placed, radius: float, height: int, width: int, overlap: float, rando
     smaller = 2 * np.minimum(r, radius)
     shared_x = np.clip(r + radius - np.abs(xs[:, None] - x), 0, smaller)
     shared_y = np.clip(r + radius - np.abs(ys[:, None] - y), 0, smaller)
-    # The sum bounds what all the others together can hide of an object.
     worst = (shared_x * shared_y / smaller**2).sum(axis=1)
-    good = np.flatnonzero(worst <= overlap / 2)
-    best = good[0] if len(good) else int(np.argmin(worst))
+    good = np.flatnonzero(worst <= overlap)
+    if not len(good):
+        best = int(np.argmin(worst))
+    else:
+        best = good[np.argmax(worst[good])] if random.random() < CLOSE else good[0]
     return float(xs[best]), float(ys[best])
 
 

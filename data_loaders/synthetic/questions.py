@@ -1,6 +1,6 @@
-"""Questions about a scene, with answers that follow from its layout: one function a kind, drawn by `QuestionMaker`.
+"""Questions about a scene, with answers that follow from its layout: one method of `QuestionMaker` a kind.
 
-Traces in questions are hovering traces of 2 to 3 seconds over one object, with a short phrase spoken meanwhile.
+Traces in questions hover for 2 to 3 seconds over one object, with a short phrase spoken meanwhile.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,9 @@ TASK_OF_KIND = {
     "which_trace": "trace_qa",
     "relation": "trace_qa",
     "counting": "trace_qa",
-    "box": "refer_box",
-    "segment": "refer_segment",
-    "trace_box": "refer_box",
+    "box": "trace_qa",
+    "segment": "trace_qa",
+    "trace_box": "trace_qa",
     "trace_segment": "trace_segment",
     "dialogue": "dialogue",
 }

@@ -1,11 +1,13 @@
 """`SyntheticScenes`: the embedded data set, images or short videos drawn on the fly from a seed.
 
-    scenes = SyntheticScenes(seed=0, count=10_000, config=SceneConfig(questions=("what",), questions_per_scene=2))
-    sample = scenes[17]                        # frames, caption, words, strokes, regions with masks, questions
-    held_out = SyntheticScenes(seed=1, count=200, config=scenes.config)
+    config = SceneConfig(questions=("what", "colour"), questions_per_scene=2)
+    scenes = SyntheticScenes(seed=0, count=10_000, config=config)
+    sample = scenes[17]                # frames, caption, words, strokes, regions with masks, questions
+    held_out = SyntheticScenes(seed=1, count=200, config=config)
 
-A sample depends on (seed, index, config) alone. The picture, the words, the hand and the questions have random streams
-of their own: asking for other questions, or for none, leaves the rest of the sample as it was.
+A sample depends on (seed, index, config) alone. The picture, the words, the hand and the questions have
+random streams of their own: asking for other questions, or for none, leaves the rest of the sample as it
+was.
 """
 
 from dataclasses import dataclass
@@ -19,12 +21,10 @@ from data_loaders.synthetic.drawing import draw
 from data_loaders.synthetic.hand import hover, leave_image, split_strokes, time_words, visits_of
 from data_loaders.synthetic.language import Narrative, narrate, place_of
 from data_loaders.synthetic.layout import Layout, make_layout
-from data_loaders.synthetic.questions import QuestionMaker, TASK_OF_KIND
+from data_loaders.synthetic.questions import TASK_OF_KIND, QuestionMaker
 from tracevision_jax.records.sample import Question, Region, Sample, TimedWord
 
-NARRATIVE_TASKS = frozenset(
-    {"caption_from_trace", "trace_from_caption", "joint_caption_trace", "trace_segment"},
-)
+NARRATIVE_TASKS = frozenset({"caption_from_trace", "trace_from_caption", "joint_caption_trace"})
 PICTURE_TASKS = frozenset({"plain_caption", "plain_boxes", "refer_box", "refer_segment"})
 STREAMS = ("layout", "picture", "words", "hand", "questions")
 
