@@ -22,6 +22,25 @@ from tracevision_jax.nearest import suggest
 from tracevision_jax.vision.config import VISION_PRESETS, QwenVisionConfig
 from tracevision_jax.vision.qwen_vit import VisionTower
 
+_TEXT_KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "mlp_width": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+_TOWER_KEYS = {
+    "out_width": "out_hidden_size",
+    "width": "hidden_size",
+    "heads": "num_heads",
+    "patch": "patch_size",
+    "temporal_patch": "temporal_patch_size",
+    "merge": "spatial_merge_size",
+}
+_TOKEN_NAMES = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+
 
 @dataclass(frozen=True)
 class Qwen25VLConfig:
@@ -61,6 +80,104 @@ class Qwen25VLConfig:
         return replace(
             self, vision=replace(self.vision, **changes), language=replace(self.language, **changes)
         )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Qwen25VLConfig":
+        """Read a checkpoint's config.json, in the released flat form or with a `text_config`.
+
+        Raises UserError that lists every key that is missing, and what the model cannot do.
+        """
+        text = config.get("text_config") or config
+        tower = config.get("vision_config") or {}
+        problems = [f"'{key}' is missing" for key in _TEXT_KEYS.values() if key not in text]
+        problems += [f"'vision_config.{key}' is missing" for key in _TOWER_KEYS.values() if key not in tower]
+        if config.get("model_type") not in ("qwen2_5_vl", None):
+            problems.append(f"model_type is '{config['model_type']}', not 'qwen2_5_vl'")
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) not in ("mrope", "default"):
+            problems.append(
+                f"rotary positions of type '{rope.get('rope_type', rope.get('type'))}' are not supported"
+            )
+        if text.get("use_sliding_window"):
+            problems.append("sliding window attention (use_sliding_window) is not supported")
+        for name, part in (("hidden_act", text), ("vision_config.hidden_act", tower)):
+            if part.get("hidden_act", "silu") != "silu":
+                problems.append(f"{name} is '{part['hidden_act']}', not 'silu'")
+        full_blocks = [int(block) for block in tower.get("fullatt_block_indexes", ())]
+        groups = max(len(full_blocks), 1)
+        blocks = tower.get("depth", 0) // groups
+        if full_blocks != [
+            blocks * (group + 1) - 1 for group in range(groups)
+        ] or blocks * groups != tower.get("depth"):
+            problems.append(
+                f"full attention in blocks {full_blocks} of {tower.get('depth')}: only every n-th block is supported"
+            )
+        if problems:
+            raise UserError("this config.json is of no Qwen2.5-VL that can be read: " + "; ".join(problems))
+        heads = text["num_attention_heads"]
+        language = LanguageConfig(
+            **{ours: text[theirs] for ours, theirs in _TEXT_KEYS.items()},
+            head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+            rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
+            mrope_sections=tuple(rope.get("mrope_section", (16, 24, 24))),
+            tied=bool(config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)),
+        )
+        vision = QwenVisionConfig(
+            **{ours: tower[theirs] for ours, theirs in _TOWER_KEYS.items()},
+            mlp_width=tower.get("intermediate_size", 3420),
+            groups=groups,
+            window_blocks=blocks - 1,
+            channels=tower.get("in_channels", tower.get("in_chans", 3)),
+            window_units=tower["window_size"] // tower["patch_size"] // tower["spatial_merge_size"],
+        )
+        ends = text.get("eos_token_id", config.get("eos_token_id"))
+        # The released files name one end token; the chat model also stops at <|endoftext|>.
+        named = (ends,) if isinstance(ends, int) else tuple(ends or (151645,))
+        pad = text.get("pad_token_id", config.get("pad_token_id"))
+        return cls(
+            vision,
+            language,
+            **{name: config[f"{name}_id"] for name in _TOKEN_NAMES if f"{name}_id" in config},
+            pad_token=151643 if pad is None else pad,
+            end_tokens=named if 151643 in named or language.vocab_size <= 151643 else (*named, 151643),
+            tokens_per_second=float(tower.get("tokens_per_second", 2)),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json of this model in the released flat form, added tokens merged into the vocabulary.
+
+        Embedding and head of added tokens differ, so a tied model with added tokens is written untied.
+        """
+        v, c = self.vision, self.language
+        return {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            **{theirs: getattr(c, ours) for ours, theirs in _TEXT_KEYS.items()},
+            "vocab_size": c.merged_vocab_size,
+            "head_dim": c.head_dim,
+            "hidden_act": "silu",
+            "rope_theta": c.rope_theta,
+            "rope_scaling": {"type": "mrope", "mrope_section": list(c.mrope_sections)},
+            "tie_word_embeddings": c.tied and not c.added_tokens,
+            "use_sliding_window": False,
+            "max_position_embeddings": 128000,
+            "bos_token_id": self.pad_token,
+            "pad_token_id": self.pad_token,
+            "eos_token_id": self.end_tokens[0],
+            "torch_dtype": c.param_dtype,
+            **{f"{name}_id": getattr(self, name) for name in _TOKEN_NAMES},
+            "vision_config": {
+                "model_type": "qwen2_5_vl",
+                **{theirs: getattr(v, ours) for ours, theirs in _TOWER_KEYS.items()},
+                "depth": v.depth,
+                "intermediate_size": v.mlp_width,
+                "hidden_act": "silu",
+                "in_channels": v.channels,
+                "window_size": v.window_units * v.unit_pixels,
+                "fullatt_block_indexes": [(g + 1) * (v.window_blocks + 1) - 1 for g in range(v.groups)],
+                "tokens_per_second": self.tokens_per_second,
+            },
+        }
 
 
 def preset(name: str) -> Qwen25VLConfig:

@@ -4,6 +4,7 @@ It is a pytree of fixed shapes, so it can live in the carry of `jax.lax.while_lo
 """
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from tracevision_jax.language.config import LanguageConfig
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # jax also builds it of specs, shardings and axis numbers, which have no such shapes
 @dataclass(frozen=True)
 class KVCache:
     """Rotated keys, and values, of all layers; rows at and beyond `lengths` are not seen."""

@@ -49,6 +49,11 @@ class LanguageConfig:
         """Columns of the logits."""
         return self.first_added + self.added_tokens if self.added_tokens else self.vocab_size
 
+    @property
+    def merged_vocab_size(self) -> int:
+        """Rows of embedding and head once the added tokens are merged into them."""
+        return max(self.vocab_size, self.output_size)
+
 
 LANGUAGE_PRESETS: dict[str, LanguageConfig] = {
     "3b": LanguageConfig(151936, 2048, 36, 16, 2, 128, 11008, tied=True),

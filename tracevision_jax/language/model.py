@@ -8,7 +8,6 @@ then `model.logits(hidden)`; without a cache rows may hold several packed conver
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -120,7 +119,7 @@ class LanguageModel(nn.Module):
         if not c.tied:
             self.head = Head(c)
         self.layers = nn.scan(
-            rematerialised(DecoderLayer, c.remat),
+            rematerialised(DecoderLayer, c.remat, static_arguments=(5,)),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

@@ -20,14 +20,17 @@ REMAT_POLICIES = ("none", "full", "dots")
 """What the backward pass recomputes: nothing, everything, everything but products with weights."""
 
 
-def rematerialised(module: type[nn.Module], policy: str) -> Any:
-    """Wrap a module class (the body of a scan) so that its activations are recomputed as the policy says."""
+def rematerialised(module: type[nn.Module], policy: str, static_arguments: tuple[int, ...] = ()) -> Any:
+    """Wrap a module class (the body of a scan) so that its activations are recomputed as the policy says.
+
+    `static_arguments` are numbers of Python-valued arguments of `__call__`, `self` being 0.
+    """
     if policy not in REMAT_POLICIES:
         raise ValueError(f"no remat policy '{policy}'; known are {', '.join(REMAT_POLICIES)}")
     if policy == "none":
         return module
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return nn.remat(module, policy=keep, prevent_cse=False)
+    return nn.remat(module, policy=keep, prevent_cse=False, static_argnums=static_arguments)
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,49 @@
+"""Cross-entropy over a large vocabulary without all logits at one time: tokens go in chunks, logits are recomputed.
+
+Use: `loss_sum, correct_sum = token_cross_entropy(hidden, logits_of, targets, weights, chunk)`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def token_cross_entropy(
+    hidden: Float[Array, "B T width"],
+    logits_of: Callable[[Array], Array],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int = 0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums over tokens of -log p(target), and of whether the target is the most likely token.
+
+    Args:
+        hidden: hidden states.
+        logits_of: (..., width) -> (..., vocabulary) in float32.
+        targets: token ids.
+        weights: weight of each token; 0 leaves it out.
+        chunk: tokens of a row whose logits exist together, made again in the backward pass; 0 for all.
+    """
+
+    def sums(hidden, targets, weights):
+        logits = logits_of(hidden)
+        top = jax.lax.stop_gradient(logits.max(-1))
+        picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        loss = jnp.log(jnp.exp(logits - top[..., None]).sum(-1)) + top - picked
+        return (loss * weights).sum(), ((picked >= top) * weights).sum()
+
+    tokens = hidden.shape[1]
+    if not chunk or tokens <= chunk:
+        return sums(hidden, targets, weights)
+    padding = -tokens % chunk
+
+    def fold(x):
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    losses, correct = jax.lax.map(
+        lambda x: jax.checkpoint(sums)(*x), (fold(hidden), fold(targets), fold(weights))
+    )
+    return losses.sum(), correct.sum()
