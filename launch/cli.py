@@ -198,7 +198,7 @@ def _print_nearest_flags(arguments: Any, argv: Sequence[str]) -> None:
     """Name the flag that was meant: tyro does so too, but not when a required flag is the mistyped one."""
     known = list(flags_of(arguments))
     for word in argv:
-        flag = word.partition("=")[0].replace("_", "-")
+        flag = _hyphened(word.partition("=")[0])
         if flag.startswith("--") and flag not in (*known, "--help") and suggest(flag, known):
             print(f"There is no flag '{flag}'.{suggest(flag, known)}", file=sys.stderr)
 
@@ -210,13 +210,19 @@ def flags_of(arguments: Any, prefix: str = "--") -> Iterator[str]:
     hints = get_type_hints(arguments, include_extras=True)
     for field in dataclasses.fields(arguments):
         hint, renamed = _dataclass_of(hints[field.name]), _given_name(hints[field.name])
-        name = renamed or field.name.strip("_").replace("_", "-")
+        name = renamed or _hyphened(field.name)
         if dataclasses.is_dataclass(hint):
             yield from flags_of(hint, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
             if hint is bool:
                 yield f"{prefix}no-{name}"
+
+
+def _hyphened(name: str) -> str:
+    """Spell a name as tyro does: inner underscores become hyphens, trailing ones stay."""
+    stem = name.rstrip("_")
+    return stem.replace("_", "-") + name[len(stem) :]
 
 
 def _nested_name(member: Any) -> str:
