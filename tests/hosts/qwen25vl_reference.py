@@ -1,4 +1,5 @@
-"""The reference of the parity tests: a tiny Qwen2.5-VL of `transformers` with drawn weights, and prompts for both.
+"""The reference of the parity tests: a tiny Qwen2.5-VL of `transformers` with drawn weights, and prompts for
+both.
 
 Weights are drawn so that rounding errors do not grow through the layers: matrices with standard deviation
 1/sqrt(fan in), norm scales 1 +- 0.3, biases 0.1. At that gain float32 against float64 differ by about 1e-6.
@@ -86,12 +87,12 @@ def reference_model(config: dict, seed: int = 0, dtype: torch.dtype = torch.floa
     built._attn_implementation = "eager"
     model = Qwen2_5_VLForConditionalGeneration(built)
     draw_weights(model, seed)
-    return model.to(dtype).eval()
+    return model.eval().to(dtype=dtype)
 
 
 @dataclass(frozen=True)
 class Visual:
-    """Random video frames or a still, normalised, in (video frames, height, width, 3); None seconds is a still."""
+    """Random normalised pixels (video frames, height, width, 3); without seconds they are a still."""
 
     pixels: np.ndarray
     seconds_per_frame: float | None = None

@@ -1,8 +1,9 @@
 """Qwen2.5-VL as released: the vision tower and the language model joined.
 
 Sources: the Qwen2.5-VL technical report, and config.json of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct. Use:
-`units, _ = host.apply(params, patches, grid, method="encode_vision")`, then `embed`, `run` and `logits` in the same way,
-or `host.apply(params, tokens, positions, segments, patches, grid, visual_index)` for logits at every position.
+`units, _ = host.apply(params, patches, grid, method="encode_vision")`, then `embed`, `run` and `logits` in
+the same way, or `host.apply(params, tokens, positions, segments, patches, grid, visual_index)` for logits at
+every position.
 """
 
 from collections.abc import Mapping
@@ -110,7 +111,7 @@ class Qwen25VLConfig:
             blocks * (group + 1) - 1 for group in range(groups)
         ] or blocks * groups != tower.get("depth"):
             problems.append(
-                f"full attention in blocks {full_blocks} of {tower.get('depth')}: only every n-th block is supported"
+                f"full attention in blocks {full_blocks} of {tower.get('depth')}: only every n-th can be"
             )
         if problems:
             raise UserError("this config.json is of no Qwen2.5-VL that can be read: " + "; ".join(problems))
@@ -205,7 +206,7 @@ class Qwen25VL(nn.Module):
     ) -> tuple[
         Float[Array, "batch frames units width"], tuple[Float[Array, "batch frames places vision_width"], ...]
     ]:
-        """Merged units of every frame, and the tower's hidden states after the given groups, see `VisionTower`."""
+        """Merged units of every frame, and the tower's states after the given groups, see `VisionTower`."""
         return self.vision(patches, grid, after_groups)
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:

@@ -1,4 +1,5 @@
-"""The static key-value cache of generation: one array for all layers, filled row by row at each row's own length.
+"""The static key-value cache of generation: one array for all layers, filled row by row at each row's own
+length.
 
 It is a pytree of fixed shapes, so it can live in the carry of `jax.lax.while_loop`.
 """
@@ -37,13 +38,13 @@ def write_rows(
     rows: Float[Array, "batch tokens kv_heads head_dim"],
     starts: Int[Array, "batch"],
 ) -> Float[Array, "layers batch size kv_heads head_dim"]:
-    """Write each batch row's new tokens into one layer from its own start on; what would pass the end is dropped.
+    """Write each batch row's new tokens into one layer from its own start on; what would pass the end is
+    dropped.
 
-    One scatter with the batch as a batching axis: it works in place in a loop's carry, and a batch split over devices
-    stays split.
+    One scatter with the batch as a batching axis: it works in place in a loop's carry, and a batch split over
+    devices stays split.
     """
-    batch, tokens = rows.shape[:2]
-    places = starts[:, None] + jnp.arange(tokens)
+    places = starts[:, None] + jnp.arange(rows.shape[1])
     indices = jnp.stack([jnp.broadcast_to(layer, places.shape), places], axis=-1)
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2, 3),

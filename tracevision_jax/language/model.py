@@ -1,8 +1,10 @@
-"""The decoder-only language model of Qwen2.5-VL: pre-norm layers, grouped heads, multimodal rotary, gated MLP.
+"""The decoder-only language model of Qwen2.5-VL: pre-norm layers, grouped heads, multimodal rotary, gated
+MLP.
 
-Follows the Qwen2.5 and Qwen2-VL technical reports. Layers are one scanned module, so compile time does not grow with
-depth and parameters carry a leading layer axis. Use: `hidden, cache = model(embeddings, positions, segments, cache)`,
-then `model.logits(hidden)`; without a cache rows may hold several packed conversations, told apart by segment ids.
+Follows the Qwen2.5 and Qwen2-VL technical reports. Layers are one scanned module, so compile time does not
+grow with depth and parameters carry a leading layer axis. Use: `hidden, cache = model(embeddings, positions,
+segments, cache)`, then `model.logits(hidden)`; without a cache rows may hold several packed conversations,
+told apart by segment ids.
 """
 
 from typing import Any
@@ -13,14 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from tracevision_jax.language.cache import KVCache, write_rows
 from tracevision_jax.language.config import LanguageConfig
-from tracevision_jax.layers.basic import GatedMLP, RMSNorm, kernel_init, projection, rematerialised
+from tracevision_jax.layers.basic import GatedMLP, RMSNorm, kernel_init, projection, rematerialised, scanned
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.ops.attention import attention
 from tracevision_jax.ops.rotary import apply_rotary, axial_angles, multimodal_frequencies
 
 
 class SelfAttention(nn.Module):
-    """Causal attention with grouped heads; with a store of keys and values it appends to them and reads them."""
+    """Causal attention with grouped heads; a store of keys and values is appended to, and read."""
 
     config: LanguageConfig
 
@@ -35,7 +37,7 @@ class SelfAttention(nn.Module):
         fresh: bool,
     ) -> tuple[Float[Array, "batch tokens width"], tuple[Array, Array, Array] | None]:
         c = self.config
-        options = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        options: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         q = projection("q", (c.heads, c.head_dim), bias=c.qkv_bias, **options)(x)
         k = projection("k", (c.kv_heads, c.head_dim), bias=c.qkv_bias, **options)(x)
         v = projection("v", (c.kv_heads, c.head_dim), bias=c.qkv_bias, **options)(x)
@@ -118,13 +120,8 @@ class LanguageModel(nn.Module):
             self.added = AddedTokens(c)
         if not c.tied:
             self.head = Head(c)
-        self.layers = nn.scan(
-            rematerialised(DecoderLayer, c.remat, static_arguments=(5,)),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.layers,
-        )(c)
+        body = rematerialised(DecoderLayer, c.remat, static_arguments=(5,))
+        self.layers = scanned(body, c.layers, (0, nn.broadcast, nn.broadcast, nn.broadcast))(c)
         self.final_norm = RMSNorm(c.norm_eps, **options)
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
@@ -149,10 +146,10 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Array, "batch tokens width"], KVCache | None]:
         """Run all layers; hidden states are after the final norm.
 
-        Without a cache: attention is causal within each segment. With one: tokens are appended at each row's own
-        length (`segments` 1 for real tokens, then 0 for right padding, which the next call overwrites) and see all
-        earlier tokens of their row. `fresh` promises an empty cache, so that a prefill attends among its own tokens
-        alone and kernels can serve it.
+        Without a cache: attention is causal within each segment. With one: tokens are appended at each row's
+        own length (`segments` 1 for real tokens, then 0 for right padding, which the next call overwrites)
+        and see all earlier tokens of their row. `fresh` promises an empty cache, so that a prefill attends
+        among its own tokens alone and kernels can serve it.
         """
         c = self.config
         angles = axial_angles(positions, multimodal_frequencies(c.head_dim, c.rope_theta, c.mrope_sections))

@@ -1,8 +1,9 @@
 """Multimodal rotary positions of a token sequence, made on the host in numpy.
 
-Follows Qwen2-VL (Sec. 2.1) with the absolute time of Qwen2.5-VL: text counts up with all three positions equal; an
-image or video that starts at position p has time p + floor(frame * tokens per second * seconds per frame), height
-p + row, width p + column on the grid of merged units; what follows goes on at p + max(rows, columns).
+Follows Qwen2-VL (Sec. 2.1) with the absolute time of Qwen2.5-VL: text counts up with all three positions
+equal; an image or video that starts at position p has time p + floor(frame * tokens per second * seconds per
+frame), height p + row, width p + column on the grid of merged units; what follows goes on at p + max(rows,
+columns).
 """
 
 from collections.abc import Collection, Sequence
@@ -14,7 +15,7 @@ from jaxtyping import Int
 
 @dataclass(frozen=True)
 class VisualSpan:
-    """An image or video in a prompt: temporal patches, and rows and columns of patches (not of merged units)."""
+    """An image or video in a prompt: its temporal patches, and rows and columns of patches (not of units)."""
 
     frames: int
     rows: int
@@ -47,8 +48,8 @@ def mrope_positions(
 ) -> tuple[Int[np.ndarray, "tokens 3"], int]:
     """Return positions of one sequence, and the offset that turns a later token's index into its position.
 
-    `spans` are the prompt's images and videos in reading order; `visual_ids` are the image and video pad tokens.
-    Raises ValueError when the pad tokens in the sequence are not those that the spans need.
+    `spans` are the prompt's images and videos in reading order; `visual_ids` are the image and video pad
+    tokens. Raises ValueError when the pad tokens in the sequence are not those that the spans need.
     """
     tokens = np.asarray(tokens)
     visual = np.isin(tokens, list(visual_ids))

@@ -1,7 +1,7 @@
 """Modules shared by the language model and the towers: RMS norm, gated MLP, projections, and remat by name.
 
-Everything takes `dtype` (in which it computes) and `param_dtype` (in which parameters live). Matrices start with
-std 1/sqrt(fan in), so that activations keep their size at any width.
+Everything takes `dtype` (in which it computes) and `param_dtype` (in which parameters live). Matrices start
+with std 1/sqrt(fan in), so that activations keep their size at any width.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,16 @@ def rematerialised(module: type[nn.Module], policy: str, static_arguments: tuple
         return module
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     return nn.remat(module, policy=keep, prevent_cse=False, static_argnums=static_arguments)
+
+
+def scanned(module: Any, length: int, in_axes: Any) -> Any:
+    """Repeat a module whose call maps (carry, *inputs) to (carry, output); parameters get a leading axis.
+
+    `in_axes` has one entry an input: 0 for one split along its first axis, `nn.broadcast` for a constant.
+    """
+    return nn.scan(
+        module, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length
+    )
 
 
 class RMSNorm(nn.Module):

@@ -1,7 +1,7 @@
 """Names for activations' axes, and `constrain`, which pins an activation's layout where a mesh is in force.
 
-Model code says what an axis is (`constrain(x, "batch", "tokens", "width")`); `activation_sharding(mesh, rules)` says
-over which mesh axes each name is split. Without that context `constrain` does nothing.
+Model code says what an axis is (`constrain(x, "batch", "tokens", "width")`); `activation_sharding(mesh,
+rules)` says over which mesh axes each name is split. Without that context `constrain` does nothing.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """The one door to attention: `attention(q, k, v, ...)` picks an implementation and runs it.
 
-`IMPLEMENTATIONS` is ordered; each entry says why it cannot serve a call, or None, and the first that can is taken
-(as axlearn does). The plain XLA reference is last and serves everything. The platform is that of the mesh which
-`attention_mesh` sets, since `jax.default_backend()` says "cpu" while one compiles for another machine. The choice is
-logged at debug level, with the reason why each earlier entry was passed over.
+`IMPLEMENTATIONS` is ordered; each entry says why it cannot serve a call, or None, and the first that can is
+taken (as axlearn does). The plain XLA reference is last and serves everything. The platform is that of the
+mesh which `attention_mesh` sets, since `jax.default_backend()` says "cpu" while one compiles for another
+machine. The choice is logged at debug level, with the reason why each earlier entry was passed over.
 """
 
 import contextlib
@@ -56,9 +56,8 @@ def attention_mesh(
 
     `platform` overrides the platform of the mesh's devices.
     """
-    if platform is None:
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    token = _placement.set(Placement(mesh, batch_axes, head_axes, platform))
+    of_mesh = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    token = _placement.set(Placement(mesh, batch_axes, head_axes, platform or of_mesh))
     try:
         yield
     finally:
@@ -92,10 +91,10 @@ def attention(
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Scaled dot-product attention with grouped heads (`heads` a multiple of `kv_heads`).
 
-    A key is seen when all hold: its segment equals the query's and is not 0 (0 is padding; `kv_segments` defaults to
-    `q_segments` when the lengths agree); with `causal`, its row is at most the query's (`q_positions`, default the
-    query's own row); its row is below `kv_lengths`. `bias` is added to the scaled scores. Queries that see no key
-    give 0. Raises ValueError for shapes that do not fit.
+    A key is seen when all hold: its segment equals the query's and is not 0 (0 is padding; `kv_segments`
+    defaults to `q_segments` when the lengths agree); with `causal`, its row is at most the query's
+    (`q_positions`, default the query's own row); its row is below `kv_lengths`. `bias` is added to the scaled
+    scores. Queries that see no key give 0. Raises ValueError for shapes that do not fit.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads")

@@ -1,8 +1,9 @@
 """One attention call and its reference implementation in plain XLA operations.
 
-`AttentionCall` is what every implementation is asked about and given (see `attention.py`, the door that callers
-use). The reference follows Vaswani et al. 2017, Eq. 1, with grouped heads (Ainslie et al. 2023): queries are grouped
-by the key head that they share, so keys and values are never repeated. Softmax is in float32.
+`AttentionCall` is what every implementation is asked about and given (see `attention.py`, the door that
+callers use). The reference follows Vaswani et al. 2017, Eq. 1, with grouped heads (Ainslie et al. 2023):
+queries are grouped by the key head that they share, so keys and values are never repeated. Softmax is in
+float32.
 """
 
 from dataclasses import dataclass

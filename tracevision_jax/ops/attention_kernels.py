@@ -65,22 +65,22 @@ def attend_splash(call: AttentionCall, placement: Placement) -> Float[Array, "ba
 
     batch, length, heads, head_dim = call.q.shape
     local_heads = heads // placement.shards(placement.head_axes)
-    one_head = (splash_attention_mask.CausalMask if call.causal else splash_attention_mask.FullMask)(
-        (length, length)
-    )
+    mask_of = splash_attention_mask.CausalMask if call.causal else splash_attention_mask.FullMask
     block = next(size for size in (SPLASH_BLOCK_LIMIT, 256, TPU_LANES) if length % size == 0)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     kernel = splash_attention_kernel.make_splash_mha_single_device(
-        splash_attention_mask.MultiHeadMask([one_head] * local_heads), block_sizes=sizes
+        splash_attention_mask.MultiHeadMask([mask_of((length, length))] * local_heads), block_sizes=sizes
     )
     segments = jnp.ones((batch, length), jnp.int32) if call.q_segments is None else call.q_segments
 
     def attend(q: Array, k: Array, v: Array, segments: Array) -> Array:
         def one_row(q: Array, k: Array, v: Array, ids: Array) -> Array:
-            return kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(q=ids, kv=ids))
+            mixed = kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(q=ids, kv=ids))
+            assert isinstance(mixed, jax.Array)  # without residuals, which are not asked for
+            return mixed
 
         heads_first = (0, 2, 1, 3)
         mixed = jax.vmap(one_row)(

@@ -1,8 +1,9 @@
 """Rotary position embedding (Su et al. 2021) on half-split heads, with several position axes.
 
-The first half of a head's channels is rotated against the second half (the convention of GPT-NeoX and of every
-released checkpoint here). `axial_angles` gives each frequency one of several positions: multimodal rotary of Qwen2-VL
-(time, height, width in sections) and the towers' 2-D rotary (row, column) are both cases of it.
+The first half of a head's channels is rotated against the second half (the convention of GPT-NeoX and of
+every released checkpoint here). `axial_angles` gives each frequency one of several positions: multimodal
+rotary of Qwen2-VL (time, height, width in sections) and the towers' 2-D rotary (row, column) are both cases
+of it.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ def inverse_frequencies(channels: int, theta: float) -> Float[np.ndarray, "half"
 def axial_angles(
     positions: Num[Array, "*rows axes"], frequencies: Sequence[Float[np.ndarray, "section"]]
 ) -> Float[Array, "*rows half"]:
-    """Angles position[axis] * frequency, the axes' sections one after another: `frequencies[a]` is axis a's."""
+    """Angles position[axis] * frequency, one axis's section after another: `frequencies[a]` is axis a's."""
     positions = jnp.asarray(positions, jnp.float32)
     sections = [positions[..., axis : axis + 1] * values for axis, values in enumerate(frequencies)]
     return jnp.concatenate(sections, axis=-1)
@@ -30,7 +31,7 @@ def axial_angles(
 def multimodal_frequencies(
     head_dim: int, theta: float, sections: Sequence[int]
 ) -> tuple[Float[np.ndarray, "section"], ...]:
-    """Frequencies of multimodal rotary: one geometric series cut into consecutive sections (time, height, width)."""
+    """Frequencies of multimodal rotary: one series cut into sections for time, height and width, in a row."""
     series = inverse_frequencies(head_dim, theta)
     if sum(sections) != len(series):
         raise ValueError(f"rotary sections {tuple(sections)} must sum to half the head size, {len(series)}")

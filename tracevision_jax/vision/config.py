@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class QwenVisionConfig:
-    """A ViT of `groups` groups: some blocks with window attention, then one with full attention over the frame."""
+    """A ViT of `groups` groups, each some window attention blocks, then one over the whole frame."""
 
     out_width: int
     """Width of the language model."""

@@ -1,8 +1,10 @@
-"""The vision tower of Qwen2.5-VL (Qwen2.5-VL technical report, Sec. 2.1): window and full attention, 2-D rotary.
+"""The vision tower of Qwen2.5-VL (Qwen2.5-VL technical report, Sec. 2.1): window and full attention, 2-D
+rotary.
 
-Frames are a batch axis throughout (no attention crosses frames); for window attention windows are one, too, so no
-mask over the full square is ever made. Blocks are nested scans: groups, and the window blocks inside a group. Padding
-is recomputed from `grid`, see `windows.py`. Use: `units, hidden = tower(patches, grid, after_groups=(2, 4))`.
+Frames are a batch axis throughout (no attention crosses frames); for window attention windows are one, too,
+so no mask over the full square is ever made. Blocks are nested scans: groups, and the window blocks inside a
+group. Padding is recomputed from `grid`, see `windows.py`. Use: `units, hidden = tower(patches, grid,
+after_groups=(2, 4))`.
 """
 
 from typing import Any
@@ -11,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tracevision_jax.layers.basic import GatedMLP, RMSNorm, projection, rematerialised
+from tracevision_jax.layers.basic import GatedMLP, RMSNorm, projection, rematerialised, scanned
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.ops.attention import attention
 from tracevision_jax.ops.rotary import apply_rotary, axial_angles, planar_frequencies
@@ -71,7 +73,7 @@ def _as_sets(sets: int, x: Array, angles: Array, segments: Array) -> tuple[Array
 
 
 class VisionGroup(nn.Module):
-    """The window blocks of a group, then its full block; gives its result to the scan's outputs when asked."""
+    """The window blocks of a group, then its full block; its result is also the scan's output when asked."""
 
     config: QwenVisionConfig
 
@@ -87,13 +89,7 @@ class VisionGroup(nn.Module):
         shape = x.shape
         block = rematerialised(VisionBlock, c.remat)
         if c.window_blocks:
-            stack = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast),
-                length=c.window_blocks,
-            )(c, name="window")
+            stack = scanned(block, c.window_blocks, (nn.broadcast, nn.broadcast))(c, name="window")
             x, _ = stack(*_as_sets(shape[0] * shape[1], x, angles, segments))
         x, _ = block(c, name="full")(*_as_sets(shape[0], x.reshape(shape), angles, segments))
         x = x.reshape(shape)
@@ -126,10 +122,11 @@ class VisionTower(nn.Module):
         grid: Int[Array, "batch frames 2"],
         after_groups: tuple[int, ...] = (),
     ) -> tuple[Float[Array, "batch frames units out"], tuple[Float[Array, "batch frames places width"], ...]]:
-        """Return (units, hidden): hidden[i] is the state after `after_groups[i]` groups (1..groups), in slot order.
+        """Return (units, hidden): hidden[i] is the state after `after_groups[i]` groups (1..groups), in slot
+        order.
 
-        Units and hidden states at padding are finite and mean nothing. Raises ValueError for shapes or depths that
-        do not fit the configuration.
+        Units and hidden states at padding are finite and mean nothing. Raises ValueError for shapes or depths
+        that do not fit the configuration.
         """
         c = self.config
         batch, frames, windows, slots, patch_dim = patches.shape
@@ -148,13 +145,7 @@ class VisionTower(nn.Module):
         embed = projection("patch_embed", c.width, bias=False, **_options(c))
         x = embed(patches.astype(jnp.dtype(c.dtype))).reshape(batch * frames, windows, slots, c.width)
         x = constrain(x, "batch", "windows", "slots", None)
-        groups = nn.scan(
-            VisionGroup,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.groups,
-        )(c, name="groups")
+        groups = scanned(VisionGroup, c.groups, (nn.broadcast,) * 3)(c, name="groups")
         x, kept = groups(x, angles, segments, bool(after_groups))
         places = (batch, frames, windows * slots, c.width)
         units = Merger(c, name="merger")(x.reshape(places))

@@ -1,8 +1,10 @@
-"""Where each patch lies in the window layout of the vision tower: arithmetic alone, for numpy and jax arrays alike.
+"""Where each patch lies in the window layout of the vision tower: arithmetic alone, for numpy and jax arrays
+alike.
 
-A frame of (rows, cols) patches is tiled in raster order by windows of `window_units * merge` patches a side; inside a
-window the slots run over (unit row, unit column, row in unit, column in unit), always as if the window were whole.
-Slots outside the picture, and windows beyond the frame's own, are padding. `merge ** 2` consecutive slots are a unit.
+A frame of (rows, cols) patches is tiled in raster order by windows of `window_units * merge` patches a side;
+inside a window the slots run over (unit row, unit column, row in unit, column in unit), always as if the
+window were whole. Slots outside the picture, and windows beyond the frame's own, are padding. `merge ** 2`
+consecutive slots are a unit.
 """
 
 from typing import Any
@@ -30,7 +32,8 @@ def slot_coordinates(
 ]:
     """Row and column of patches of every slot, and whether it lies inside the picture.
 
-    `window` and `slot` are `arange`s of the two axes. Coordinates of padding mean nothing but are not negative.
+    `window` and `slot` are `arange`s of the two axes. Coordinates of padding mean nothing but are not
+    negative.
     """
     unit = merge * merge
     row_in_window = slot // (window_units * unit) * merge + slot // merge % merge
@@ -46,7 +49,7 @@ def slot_coordinates(
 
 
 def raster_slots(row: Indices, col: Indices, cols: Indices, window_units: int, merge: int) -> Indices:
-    """Place of patch (row, col) among a frame's (windows, slots) flattened, given the frame's columns of patches."""
+    """Place of patch (row, col) among a frame's (windows, slots) flattened; `cols` is that of the frame."""
     side = window_units * merge
     window = row // side * ((cols + side - 1) // side) + col // side
     row, col = row % side, col % side
