@@ -10,27 +10,11 @@ import numpy as np
 
 from data_loaders.synthetic.hand import Visit, hover, time_words
 from data_loaders.synthetic.language import Said, place_of, relation_of, short_phrase, with_article
-from tracevision_jax.records.sample import BoxPart, MaskPart, Part, Question, TracePart, Turn
+from tracevision_jax.records.sample import BoxPart, MaskPart, Part, PhrasePart, Question, TracePart, Turn
 
 if TYPE_CHECKING:
     from data_loaders.synthetic.scenes import Scene
 
-TASK_OF_KIND = {
-    "what": "trace_qa",
-    "colour": "trace_qa",
-    "shape": "trace_qa",
-    "size": "trace_qa",
-    "texture": "trace_qa",
-    "place": "trace_qa",
-    "which_trace": "trace_qa",
-    "relation": "trace_qa",
-    "counting": "trace_qa",
-    "box": "trace_qa",
-    "segment": "trace_qa",
-    "trace_box": "trace_qa",
-    "trace_segment": "trace_segment",
-    "dialogue": "dialogue",
-}
 WHAT = (
     "What is this?",
     "What am I pointing at?",
@@ -166,12 +150,11 @@ class QuestionMaker:
     def segment(self, number: int) -> tuple[Turn, ...]:
         """Give the mask of a named object."""
         name = short_phrase(self.objects[number])
-        answer = (f"{name.capitalize()} is ", self.mask_part(number), ".")
-        return _turns((self.pick(SEGMENT).format(name),), answer)
+        return _turns((self.pick(SEGMENT).format(name),), self.masked(number))
 
-    def mask_part(self, number: int) -> MaskPart:
-        """The object's masks."""
-        return MaskPart(self.scene.drawn[1][number])
+    def masked(self, number: int) -> tuple[Part, ...]:
+        """The object's phrase and its masks."""
+        return PhrasePart(short_phrase(self.objects[number])), MaskPart(self.scene.drawn[1][number])
 
     def trace_box(self, number: int) -> tuple[Turn, ...]:
         """Give the box of the traced object."""
@@ -179,8 +162,7 @@ class QuestionMaker:
 
     def trace_segment(self, number: int) -> tuple[Turn, ...]:
         """Give the mask of the traced object."""
-        answer = (f"{short_phrase(self.objects[number]).capitalize()} is ", self.mask_part(number), ".")
-        return _turns((self.trace(number), self.pick(SEGMENT).format("this object")), answer)
+        return _turns((self.trace(number), self.pick(SEGMENT).format("this object")), self.masked(number))
 
     def dialogue(self, number: int) -> tuple[Turn, ...]:
         """What it is, two more exchanges about it, and something about another object: 6 to 8 turns."""
@@ -188,7 +170,7 @@ class QuestionMaker:
         follow_ups: list[tuple[tuple[Part, ...], tuple[Part, ...]]] = [
             (("Where is it?",), (place_of(self.scene.layout.centre(number)).capitalize() + ".",)),
             (("Is it large or small?",), (thing.size.capitalize() + ".",)),
-            (("Segment it.",), (f"{short_phrase(thing).capitalize()} is ", self.mask_part(number), ".")),
+            (("Segment it.",), self.masked(number)),
             (("Give its box.",), (self.box_part(number),)),
             (
                 ("And what is this? ", self.trace(other)),

@@ -16,16 +16,15 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float
 
+from data_loaders.sources.tasks import tasks_of
 from data_loaders.synthetic.config import SceneConfig
 from data_loaders.synthetic.drawing import draw
 from data_loaders.synthetic.hand import hover, leave_image, split_strokes, time_words, visits_of
 from data_loaders.synthetic.language import Narrative, narrate, place_of
 from data_loaders.synthetic.layout import Layout, make_layout
-from data_loaders.synthetic.questions import TASK_OF_KIND, QuestionMaker
+from data_loaders.synthetic.questions import QuestionMaker
 from tracevision_jax.records.sample import Question, Region, Sample, TimedWord
 
-NARRATIVE_TASKS = frozenset({"caption_from_trace", "trace_from_caption", "joint_caption_trace"})
-PICTURE_TASKS = frozenset({"plain_caption", "plain_boxes", "refer_box", "refer_segment"})
 STREAMS = ("layout", "picture", "words", "hand", "questions")
 
 
@@ -124,12 +123,6 @@ class Scene:
             self.config.questions, self.config.questions_per_scene
         )
 
-    @property
-    def tasks(self) -> frozenset[str]:
-        """The tasks that this scene can serve."""
-        tasks = PICTURE_TASKS | (NARRATIVE_TASKS if self.config.narrative else frozenset())
-        return tasks | {TASK_OF_KIND[question.kind] for question in self.questions}
-
 
 @dataclass(frozen=True)
 class SyntheticScenes:
@@ -151,15 +144,16 @@ class SyntheticScenes:
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)
         words, strokes = scene.recording if self.config.narrative else ((), ())
+        caption = scene.narrative.caption
         return Sample(
             id=f"{self.seed}-{index}",
             source="synthetic",
             frames=scene.drawn[0],
             frames_per_second=self.config.frames_per_second if self.config.frames > 1 else 0.0,
-            caption=scene.narrative.caption,
+            caption=caption,
             words=words,
             strokes=strokes,
             regions=scene.regions,
             questions=scene.questions,
-            tasks=scene.tasks,
+            tasks=tasks_of(caption, strokes, scene.regions, scene.questions),
         )
