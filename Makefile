@@ -12,7 +12,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 	then command -v $$name; break; fi; done)
 # Where pip may find the CPU build of torch, e.g. https://download.pytorch.org/whl/cpu (a CUDA build works, but is large).
 TORCH_INDEX ?=
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --quiet --progress-bar off
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
