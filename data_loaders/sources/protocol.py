@@ -9,7 +9,7 @@ records by number. A source is picklable, since worker processes receive it, and
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from tracevision_jax.records.sample import Sample
+from tracevision_jax.records.sample import Question, Sample
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class RecordSize:
     """Characters of the longest question with its answers."""
     tasks: frozenset[str] = frozenset()
     """The task kinds that the record can serve, as in `Sample.tasks`."""
+
+
+def question_characters(question: Question) -> int:
+    """Characters of the text of a question and its answers."""
+    return sum(len(part) for turn in question.turns for part in turn.parts if isinstance(part, str))
 
 
 @runtime_checkable

@@ -6,11 +6,11 @@ from functools import cached_property
 
 import numpy as np
 
-from data_loaders.sources.protocol import RecordSize
+from data_loaders.sources.protocol import RecordSize, question_characters
 from data_loaders.sources.tasks import tasks_of
 from data_loaders.synthetic.config import SceneConfig
 from data_loaders.synthetic.scenes import Scene, SyntheticScenes
-from tracevision_jax.records.sample import Question, Sample
+from tracevision_jax.records.sample import Sample
 
 DRAWING = 1
 """Raised whenever the same seed gives other scenes than before, so that caches of sizes are made anew."""
@@ -28,11 +28,6 @@ class _UndrawnScene(Scene):
     @cached_property
     def boxes(self):
         return np.zeros((len(self.layout.objects), self.config.frames, 4))
-
-
-def question_characters(question: Question) -> int:
-    """Characters of the text of a question and its answers."""
-    return sum(len(part) for turn in question.turns for part in turn.parts if isinstance(part, str))
 
 
 @dataclass(frozen=True)

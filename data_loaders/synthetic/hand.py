@@ -19,6 +19,8 @@ Times = Float[np.ndarray, "times"]
 Trace = Float[np.ndarray, "points 3"]
 CentreAt = Callable[[int, Times], Float[np.ndarray, "times 2"]]
 """Centre (x, y) in [0, 1] of an object at some times."""
+DECIMALS = 6
+"""Of coordinates and times, as a recorder would give them; keeps exported files short."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def hover(
     tremor = 0.003 * np.stack([_tremble(len(times), 5, random), _tremble(len(times), 5, random)], axis=1)
     drift = 0.25 * np.stack([_tremble(len(times), 40, random), _tremble(len(times), 40, random)], axis=1)
     place = place + reach * (loop * swell[:, None] + drift) + tremor
-    return np.concatenate([place, times[:, None]], axis=1), np.stack([begins, begins + travel], axis=1)
+    trace = np.concatenate([place, times[:, None]], axis=1)
+    return np.round(trace, DECIMALS), np.stack([begins, begins + travel], axis=1)
 
 
 def _phase(times: Times, points_per_second: float, random) -> Times:
@@ -163,4 +166,4 @@ def leave_image(trace: Trace, points_per_second: float, random: np.random.Genera
     goal[axis] = 1 + random.uniform(0.01, 0.04) if end[axis] > 0.5 else -random.uniform(0.01, 0.04)
     blend = _minimum_jerk(np.linspace(0, 1, count))[:, None]
     trace[-count:, :2] += blend * (goal - trace[-count:, :2])
-    return trace
+    return np.round(trace, DECIMALS)
