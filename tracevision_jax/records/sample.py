@@ -100,7 +100,7 @@ class Sample:
     """0 for a still image."""
     caption: str = ""
     words: tuple[TimedWord, ...] = ()
-    strokes: tuple[Float[np.ndarray, "points 3"], ...] = ()
+    strokes: tuple[Float[np.ndarray, "_ 3"], ...] = ()
     """The recorded trace, one array of (x, y, t) per entry and exit of the pointer."""
     regions: tuple[Region, ...] = ()
     """In the order in which the caption names them."""
