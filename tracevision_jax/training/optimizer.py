@@ -105,7 +105,7 @@ def _scale_by_path(multipliers: tuple[tuple[str, float], ...]) -> optax.Gradient
             )
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         scaled = {path: update * factor_of(path) for path, update in flatten(updates).items()}
         return unflatten(scaled), state
 

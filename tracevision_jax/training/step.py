@@ -9,15 +9,20 @@ parameters have neither gradient nor optimizer state; they are an argument of th
     state, metrics = step(state, frozen, batch)        # `state` is donated
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
+from tracevision_jax.layers.sharding import activation_sharding
+from tracevision_jax.parallel.mesh import replicated
+from tracevision_jax.parallel.rules import ACTIVATIONS
 from tracevision_jax.systems.protocol import Params, Scalars, State, System
 from tracevision_jax.training.optimizer import Schedule
 from tracevision_jax.training.parameters import merge, split_for_stage
@@ -26,6 +31,7 @@ Metrics = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # jax also builds it of shapes and shardings
 @dataclass(frozen=True)
 class TrainState:
     """All that a step changes."""
@@ -65,22 +71,26 @@ def make_train_step(
     schedule: Schedule,
     *,
     accumulation: int = 1,
-    out_shardings: Any = None,
+    mesh: Mesh | None = None,
+    state_shardings: Any = None,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
     """Return the jitted `step(state, frozen, batch) -> (state, metrics)`.
 
-    `accumulation` microbatches share one update; it must divide the rows of a batch. `out_shardings` is a pair
-    for (state, metrics). Metrics: "loss", "parts" (value of every loss part), "gradient_norm" (before
-    clipping), "learning_rate", "tokens" (not padding).
+    `accumulation` microbatches share one update; it must divide the rows of a batch. On a mesh, activations
+    follow `parallel.rules.ACTIVATIONS`, and the new state is laid out as `state_shardings`. Metrics: "loss",
+    "parts" and "weights" (value and weight of every loss part), "gradient_norm" (before clipping),
+    "learning_rate", "tokens" (not padding).
     """
 
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        gradient, sums, weights, system_state = _gradient(system, state, frozen, batch, rng, accumulation)
+        with activation_sharding(mesh, ACTIVATIONS) if mesh else contextlib.nullcontext():
+            gradient, sums, weights, system_state = _gradient(system, state, frozen, batch, rng, accumulation)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
         metrics = {
             "loss": total_loss(system.coefficients, sums, weights),
             "parts": part_values(sums, weights),
+            "weights": weights,
             "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": schedule(state.step),
             "tokens": jnp.sum(batch.segments > 0),
@@ -94,9 +104,9 @@ def make_train_step(
         )
         return new_state, metrics
 
-    if out_shardings is None:
+    if mesh is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated(mesh)))
 
 
 def part_values(sums: Scalars, weights: Scalars) -> Scalars:
@@ -167,3 +177,30 @@ def _gradient(
         accumulate, (zeros, state.system), ([fold_rows(leaf, accumulation) for leaf in leaves], keys)
     )
     return gradient, jax.tree.map(jnp.sum, sums), weights, system_state
+
+
+def state_shardings(
+    shapes: TrainState, optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh
+) -> TrainState:
+    """Shardings of a whole state: optimizer state lies as its parameters do, all else is replicated.
+
+    Args:
+        shapes: the state, or its shapes.
+        optimizer: what made its optimizer state.
+        trained: shardings of the trained parameters.
+        mesh: the mesh.
+    """
+    whole: Any = replicated(mesh)
+    return TrainState(
+        step=whole,
+        trained=trained,
+        optimizer=optax.tree.map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            shapes.optimizer,
+            trained,
+            transform_non_params=lambda _: whole,
+        ),
+        system=jax.tree.map(lambda _: whole, shapes.system),
+        rng=whole,
+    )

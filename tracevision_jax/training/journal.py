@@ -1,0 +1,198 @@
+"""What a run tells: console lines, `metrics.jsonl`, `bad_records.jsonl`, TensorBoard, a summary at the end.
+
+`metrics.jsonl` holds one JSON object a line, told apart by "kind":
+- "train": step, epoch, loss, parts, gradient_norm, learning_rate, tokens, tokens_per_second, step_seconds,
+  input_share (of the time, spent waiting for data); losses are means over the steps since the line before;
+- "evaluation": step, name, values.
+A resumed run first drops the lines after the step that it starts from, so that every step stands there once.
+"""
+
+import json
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+from tracevision_jax.training.source import BadRecordReport
+from tracevision_jax.weights.hashes import write_whole
+
+
+@dataclass
+class Interval:
+    """Metrics of the steps since the last line, added up."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+    tokens: int = 0
+    loss: float = 0.0
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    weights: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, metrics: Mapping[str, Any], seconds: float, waiting: float) -> None:
+        """Add one step's metrics (host values) and times."""
+        self.steps += 1
+        self.seconds += seconds
+        self.waiting += waiting
+        self.tokens += int(metrics["tokens"])
+        self.loss += float(metrics["loss"])
+        for name, value in metrics["parts"].items():
+            weight = float(metrics["weights"][name])
+            self.sums[name] += float(value) * weight
+            self.weights[name] += weight
+
+    def parts(self) -> dict[str, float]:
+        """Mean of each loss part over its weight."""
+        return {name: self.sums[name] / self.weights[name] for name in self.sums if self.weights[name] > 0}
+
+
+def duration(seconds: float) -> str:
+    """ "1:02:03" or "2:03"."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the JSON lines of later steps, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    write_whole(path, "".join(f"{line}\n" for line in kept))
+
+
+class Journal:
+    """Writes everything that a run tells; one per process, silent on all but the first."""
+
+    def __init__(self, directory: Path, console: Console, steps: int, start: int, log_every: int):
+        """Continue the files of `directory` after `start` of `steps` steps."""
+        self.console, self.steps, self.start, self.log_every = console, steps, start, log_every
+        self.began = time.perf_counter()
+        self.interval, self.total = Interval(), Interval()
+        self.first_parts: dict[str, float] = {}
+        self.last_line: dict[str, Any] = {}
+        self.evaluations: dict[str, dict[str, float]] = {}
+        self.bad_reasons: Counter[str] = Counter()
+        self.rate: float | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = [directory / name for name in ("metrics.jsonl", "bad_records.jsonl")]
+        for path in paths:
+            keep_until(path, start)
+        self.metrics_file, self.bad_file = (path.open("a", buffering=1) for path in paths)
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def say(self, text: str) -> None:
+        """A line of prose."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, step: int, epoch: int, metrics: Mapping[str, Any], seconds: float, waiting: float) -> None:
+        """Take the metrics of a finished step, counted from 1; every `log_every` steps they become a line."""
+        for interval in (self.interval, self.total):
+            interval.add(metrics, seconds, waiting)
+        # Smoothed over about twenty steps, so that one slow step (a compilation) does not swing the ETA.
+        self.rate = seconds if self.rate is None else 0.95 * self.rate + 0.05 * seconds
+        if step % self.log_every and step != self.steps:
+            return
+        interval, self.interval = self.interval, Interval()
+        line = {
+            "kind": "train",
+            "step": step,
+            "epoch": epoch,
+            "loss": interval.loss / interval.steps,
+            "parts": interval.parts(),
+            "gradient_norm": float(metrics["gradient_norm"]),
+            "learning_rate": float(metrics["learning_rate"]),
+            "tokens": self.total.tokens,
+            "tokens_per_second": interval.tokens / max(interval.seconds, 1e-9),
+            "step_seconds": interval.seconds / interval.steps,
+            "input_share": interval.waiting / max(interval.seconds, 1e-9),
+        }
+        self.first_parts = self.first_parts or {"loss": line["loss"]} | line["parts"]
+        self.last_line = line
+        self.metrics_file.write(json.dumps(line) + "\n")
+        for name in ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "input_share"):
+            self.board.add_scalar(f"train/{name}", line[name], step)
+        for name, value in line["parts"].items():
+            self.board.add_scalar(f"parts/{name}", value, step)
+        self.say(self._console_line(line))
+
+    def _console_line(self, line: dict[str, Any]) -> str:
+        parts = " ".join(f"{name} {value:.4f}" for name, value in line["parts"].items())
+        text = (
+            f"step {line['step']:>{len(str(self.steps))}}/{self.steps}  loss {line['loss']:.4f}  {parts}  "
+            f"grad {line['gradient_norm']:.2g}  lr {line['learning_rate']:.2e}  "
+            f"{line['tokens_per_second']:,.0f} tok/s  {line['step_seconds']:.3f} s/step  "
+            f"ETA {duration((self.steps - line['step']) * (self.rate or 0))}"
+        )
+        return text + (f"  input {line['input_share']:.0%}" if line["input_share"] > 0.2 else "")
+
+    def evaluation(self, step: int, name: str, values: Mapping[str, Any], seconds: float) -> None:
+        """Write what an evaluator returned: numbers everywhere, (height, width, 3) uint8 to TensorBoard."""
+        numbers = {key: float(value) for key, value in values.items() if np.ndim(value) == 0}
+        for key, value in values.items():
+            if np.ndim(value) == 0:
+                self.board.add_scalar(f"{name}/{key}", float(value), step)
+            else:
+                self.board.add_image(f"{name}/{key}", np.asarray(value), step, dataformats="HWC")
+        self.evaluations[name] = numbers
+        line = {"kind": "evaluation", "step": step, "name": name, "values": numbers}
+        self.metrics_file.write(json.dumps(line) + "\n")
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+        self.say(f"evaluation '{name}' at step {step} ({duration(seconds)}): {shown}")
+
+    def bad(self, reports: Iterable[BadRecordReport]) -> None:
+        """Write down records that became empty slots; the first of each reason is shown."""
+        for report in reports:
+            self.bad_file.write(json.dumps(asdict(report)) + "\n")
+            self.bad_reasons[report.reason] += 1
+            if self.bad_reasons[report.reason] == 1:
+                where = f" ({report.file})" if report.file else ""
+                self.say(f"skipped record {report.record} of {report.source}: {report.reason}{where}")
+
+    def summary(self, step: int, checkpoint: str, model: str | None) -> None:
+        """The table at the end."""
+        wall = time.perf_counter() - self.began
+        table = Table(title=f"{step} of {self.steps} steps", show_header=False, title_justify="left")
+        total = self.total
+        if total.steps:
+            table.add_row("this session", f"{total.steps} steps, {total.tokens:,} tokens in {duration(wall)}")
+            table.add_row(
+                "speed",
+                f"{total.tokens / max(total.seconds, 1e-9):,.0f} tok/s, "
+                f"{total.seconds / total.steps:.3f} s/step, "
+                f"{total.waiting / max(total.seconds, 1e-9):.0%} of it waiting for data",
+            )
+        if self.last_line:
+            for name, value in ({"loss": self.last_line["loss"]} | self.last_line["parts"]).items():
+                first = f" (at first {self.first_parts[name]:.4f})" if name in self.first_parts else ""
+                table.add_row(name, f"{value:.4f}{first}")
+        for name, numbers in self.evaluations.items():
+            table.add_row(f"evaluation {name}", ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        for reason, count in self.bad_reasons.most_common(5):
+            table.add_row("skipped records", f"{count}: {reason}")
+        table.add_row("checkpoints", checkpoint)
+        if model:
+            table.add_row("model", model)
+        self.console.print(table)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self.metrics_file.close()
+        self.bad_file.close()
+        self.board.close()

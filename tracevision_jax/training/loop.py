@@ -1,0 +1,312 @@
+"""The training loop: from a system, a source of batches and a recipe to a trained model in a folder.
+
+    summary = fit(system, recipe, source, "runs/x", evaluators={"held_out": evaluate})
+
+The folder gets `checkpoints/`, `model/` (the final parameters, `weights/model_directory.py`),
+`metrics.jsonl`, `bad_records.jsonl` and `tensorboard/`. The same call again continues from the newest whole
+checkpoint, and ends in the very same bits as a run that was never stopped (same mesh, program and libraries).
+The host waits for a step only after it has sent the next one to the device.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.parallel.mesh import batch_sharding, check_rows, make_mesh
+from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings
+from tracevision_jax.systems.protocol import Params, System
+from tracevision_jax.training.checkpoints import Checkpoints
+from tracevision_jax.training.initialise import initialise
+from tracevision_jax.training.interruption import Interruption
+from tracevision_jax.training.journal import Journal
+from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tracevision_jax.training.parameters import count, merge, split_for_stage
+from tracevision_jax.training.recipe import TrainRecipe, as_json, check, differences
+from tracevision_jax.training.source import BatchSource, StepBatch
+from tracevision_jax.training.step import TrainState, create_state, make_train_step, state_shardings
+from tracevision_jax.weights.model_directory import save_model
+
+Evaluator = Callable[[Params, int], Mapping[str, Any]]
+"""(parameters, step) -> numbers, and pictures as (height, width, 3) uint8."""
+
+EMPTY_LIMIT = 20
+"""So many batches in a row without one usable record end the run: the data cannot be read at all."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended."""
+
+    step: int
+    steps: int
+    directory: Path
+    model: Path | None
+    """Folder of the trained model; None when the run was interrupted."""
+    metrics: Mapping[str, Any]
+    """The last line of `metrics.jsonl` of kind "train"; empty when no step was taken."""
+    evaluations: Mapping[str, Mapping[str, float]]
+    interrupted: str = ""
+    """Name of the signal that ended the run early."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken."""
+        return self.step == self.steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same during a run."""
+
+    system: System
+    recipe: TrainRecipe
+    source: BatchSource
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    directory: Path
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says about the run that it belongs to."""
+        recipe = as_json(self.recipe)
+        return {"recipe": recipe, "data": self.source.fingerprint, "steps": self.source.steps}
+
+
+def fit(
+    system: System,
+    recipe: TrainRecipe,
+    source: BatchSource,
+    directory: str | Path,
+    *,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    console: Console | None = None,
+    rules: tuple[Rule, ...] = PARAMETERS,
+    devices: Sequence[Any] | None = None,
+) -> Summary:
+    """Train, or continue, and export the model.
+
+    Args:
+        system: what is trained.
+        recipe: how; `system`, `data` and `buckets` have become `system` and `source` already.
+        source: batches by step number.
+        directory: folder of the run.
+        evaluators: called every `recipe.evaluation.every` steps and at the end.
+        console: where lines go; standard output by default.
+        rules: sharding of the parameters.
+        devices: all by default.
+
+    Raises:
+        UserError: the recipe, the mesh and the data do not fit, the folder holds another run, or no data is
+        usable.
+    """
+    check(recipe)
+    console = console or Console()
+    mesh = make_mesh(recipe.mesh, devices)
+    for rows in source.rows:
+        check_rows(rows, recipe.accumulation, mesh)
+    optimizer = make_optimizer(recipe.optimizer, source.steps)
+    run = Run(system, recipe, source, mesh, optimizer, Path(directory).absolute())
+    checkpoints = Checkpoints(
+        run.directory / "checkpoints", recipe.checkpoint.keep, lambda line: console.print(line, markup=False)
+    )
+    try:
+        with jax.set_mesh(mesh):
+            state, frozen = _start(run, checkpoints, rules, console)
+            return _train(run, state, frozen, checkpoints, evaluators or {}, console)
+    finally:
+        checkpoints.close()
+
+
+def _start(
+    run: Run, checkpoints: Checkpoints, rules: tuple[Rule, ...], console: Console
+) -> tuple[TrainState, Params]:
+    """The newest checkpoint's state, or a fresh one."""
+    system, recipe, mesh, optimizer = run.system, run.recipe, run.mesh, run.optimizer
+
+    def create(params: Params) -> tuple[TrainState, Params]:
+        return create_state(system, params, optimizer, recipe.stage, recipe.seed)
+
+    shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
+    places = parameter_shardings(shapes, mesh, rules)
+    state_shapes, frozen_shapes = jax.eval_shape(create, shapes)
+    trained, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
+    state_places = state_shardings(state_shapes, optimizer, trained, mesh)
+    console.print(
+        f"{recipe.name}: stage '{recipe.stage}' trains {count(state_shapes.trained):,} of {count(shapes):,} "
+        f"parameters, on {mesh.size} x {mesh.devices.flat[0].device_kind}",
+        f"{run.source.describe()}",
+        sep="\n",
+        highlight=False,
+        markup=False,
+    )
+    targets = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        {"state": state_shapes, "frozen": frozen_shapes},
+        {"state": state_places, "frozen": frozen_places},
+    )
+    step = checkpoints.latest()
+    if step is not None:
+        _check_same_run(run, checkpoints.meta(step))
+        found = checkpoints.restore(targets, step)
+        console.print(f"Continuing from the checkpoint of step {step}.", highlight=False)
+        return found["state"], found["frozen"]
+    fresh = initialise(system, recipe.seed, places, recipe.init_from)
+    for line in fresh.report:
+        console.print(f"  {line}", highlight=False, markup=False)
+    state, frozen = jax.jit(create, out_shardings=(state_places, frozen_places), donate_argnums=0)(
+        fresh.params
+    )
+    return state, frozen
+
+
+def _check_same_run(run: Run, saved: dict[str, Any]) -> None:
+    """Refuse to continue another run than the one that the folder holds."""
+    ours = run.meta()
+    lines = differences(ours["recipe"], saved["recipe"])
+    if ours["steps"] != saved["steps"]:
+        lines.append(f"steps of the plan: {ours['steps']}, was {saved['steps']}")
+    if ours["data"] != saved["data"]:
+        lines.append("the data: its records or their sizes are others")
+    if lines:
+        raise UserError(
+            f"{run.directory} holds another run; give another --out, or remove it. What differs:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def _train(
+    run: Run,
+    state: TrainState,
+    frozen: Params,
+    checkpoints: Checkpoints,
+    evaluators: Mapping[str, Evaluator],
+    console: Console,
+) -> Summary:
+    """Take the steps that are left, then export."""
+    recipe, steps = run.recipe, run.source.steps
+    start = int(state.step)
+    journal = Journal(run.directory, console, steps, start, recipe.log_every)
+    step_function = make_train_step(
+        run.system,
+        run.optimizer,
+        learning_rate_schedule(recipe.optimizer, steps),
+        accumulation=recipe.accumulation,
+        mesh=run.mesh,
+        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+    )
+    clock = _Clock(journal)
+    empty, compiled, saved, evaluated, done = 0, set(), start if start else -1, -1, start
+    try:
+        with Interruption() as interruption:
+            for item, batch in on_device(run.source.batches(start), run.mesh, clock):
+                if item.bucket not in compiled:
+                    compiled.add(item.bucket)
+                    journal.say(f"compiling for rows of {item.bucket}")
+                journal.bad(item.bad)
+                empty = empty + 1 if not (item.batch.segments > 0).any() else 0
+                if empty == EMPTY_LIMIT:
+                    reason, _ = (journal.bad_reasons.most_common(1) or [("no reason known", 0)])[0]
+                    raise UserError(f"{empty} batches in a row held no usable record: {reason}.")
+                state, metrics = step_function(state, frozen, batch)
+                done = item.step + 1
+                clock.sent(done, item.epoch, metrics)
+                if evaluators and recipe.evaluation.every and done % recipe.evaluation.every == 0:
+                    clock.drain()
+                    _evaluate(evaluators, state, frozen, done, journal)
+                    evaluated = done
+                    clock.restart()
+                if recipe.checkpoint.every and done % recipe.checkpoint.every == 0:
+                    checkpoints.save(done, {"state": state, "frozen": frozen}, run.meta())
+                    saved = done
+                if interruption.signal is not None:
+                    break
+        clock.drain()
+        stopped = interruption.signal.name if interruption.signal and done < steps else ""
+        if saved != done:
+            checkpoints.save(done, {"state": state, "frozen": frozen}, run.meta())
+        model = None
+        if not stopped:
+            if evaluators and evaluated != done:
+                _evaluate(evaluators, state, frozen, done, journal)
+            model = run.directory / "model"
+            config = {"system": recipe.system, "model": as_json(run.system.config), "recipe": as_json(recipe)}
+            save_model(model, config, merge(state.trained, frozen))
+        checkpoints.wait()
+        journal.summary(done, str(checkpoints.path(done)), str(model) if model else None)
+        if stopped:
+            journal.say(
+                f"Stopped by {stopped} after step {done}; the same command again continues from there."
+            )
+        return Summary(done, steps, run.directory, model, journal.last_line, journal.evaluations, stopped)
+    finally:
+        journal.close()
+
+
+def _evaluate(
+    evaluators: Mapping[str, Evaluator], state: TrainState, frozen: Params, step: int, journal: Journal
+) -> None:
+    params = merge(state.trained, frozen)
+    for name, evaluator in evaluators.items():
+        began = time.perf_counter()
+        values = evaluator(params, step)
+        journal.evaluation(step, name, values, time.perf_counter() - began)
+
+
+class _Clock:
+    """Hands finished steps to the journal, one step late, with the time each took and waited for data."""
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+        self.pending: list[tuple[int, int, Any, float]] = []
+        self.waited = 0.0
+        self.last = time.perf_counter()
+
+    def sent(self, step: int, epoch: int, metrics: Any) -> None:
+        """Note a step that was sent to the device, and wait for the one before."""
+        self.pending.append((step, epoch, metrics, self.waited))
+        self.waited = 0.0
+        while len(self.pending) > 1:
+            self._finish()
+
+    def drain(self) -> None:
+        """Wait for everything that was sent."""
+        while self.pending:
+            self._finish()
+
+    def restart(self) -> None:
+        """Leave out of the next step's time what has passed since the last."""
+        self.last, self.waited = time.perf_counter(), 0.0
+
+    def _finish(self) -> None:
+        step, epoch, metrics, waited = self.pending.pop(0)
+        values = jax.device_get(metrics)
+        now = time.perf_counter()
+        self.journal.step(step, epoch, values, now - self.last, min(waited, now - self.last))
+        self.last = now
+
+
+def on_device(batches: Iterator[StepBatch], mesh: Mesh, clock: _Clock) -> Iterator[tuple[StepBatch, Any]]:
+    """Send each batch to the devices while the step before it still runs."""
+    sharding = batch_sharding(mesh)
+    while True:
+        began = time.perf_counter()
+        item = next(batches, None)
+        clock.waited += time.perf_counter() - began
+        if item is None:
+            return
+        yield item, jax.tree.map(lambda leaf: place_rows(leaf, sharding), item.batch)
+
+
+def place_rows(rows: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    """This process's rows as part of the global array."""
+    if jax.process_count() == 1:
+        return jax.device_put(rows, sharding)
+    return jax.make_array_from_process_local_data(sharding, rows)

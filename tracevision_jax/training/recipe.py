@@ -1,0 +1,173 @@
+"""`TrainRecipe`: everything that makes a training run, as one frozen dataclass; every field is a flag.
+
+A recipe file of `configs/` builds one and registers it (`configs/registry.py`), opening with its command, the
+hardware it is for and the result to expect:
+
+    register(TrainRecipe(
+        name="tracevision_7b_stage1",
+        system="tracevision", model=tracevision_7b(), stage="stage1",
+        data=DataConfig(sources=(SourceEntry("localized_narratives", options={"split": "train"}),),
+        root="..."), buckets=(Bucket(tokens=2048, frames=1, windows=64, conversations=4, points=64,
+        masks=4),), rows=(256,), epochs=1, optimizer=OptimizerConfig(learning_rate=1e-3),
+        mesh=MeshConfig(fsdp=64),
+    ))
+
+Names become objects through the registries of `configs/registry.py`:
+- `system`: a `SystemEntry`, which builds the `System` from `model`, the data pieces (records, sizes, rows,
+  collate) from `data`, and the evaluators of `evaluation`;
+- `data.sources[i].source`: what opens a dataset; a name that is announced but has no reader yet says so at
+  start.
+
+`tracevision train NAME --optimizer.learning-rate 3e-4 --init-from DIR --out DIR` overrides fields.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.parallel.mesh import MeshConfig
+from tracevision_jax.records.batch import Bucket
+from tracevision_jax.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """One dataset of a mixture."""
+
+    source: str
+    """Name in the registry of sources."""
+    repetitions: float = 1.0
+    """How often an epoch goes through it; 0.5 is every record once in two epochs."""
+    tasks: tuple[str, ...] = ()
+    """Task kinds to make conversations of; empty: all that the records can serve."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the source's reader takes."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The mixture, and how it is read."""
+
+    sources: tuple[SourceEntry, ...] = ()
+    root: str = ""
+    """Folder or bucket that relative paths of the sources start from."""
+    seed: int = 0
+    """Seed of the epoch plan: order, packing, batches."""
+    workers: int = 0
+    """Processes that make batches; 0 makes them in threads of the training process."""
+    prefetch: int = 4
+    """Batches that are made ahead."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and how many to keep."""
+
+    every: int = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 3
+    """How many of the latest stay."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation while training."""
+
+    every: int = 0
+    """Steps between evaluations; 0 evaluates never."""
+    samples: int = 64
+    """Held-out samples of each evaluation."""
+    pictures: int = 4
+    """Pictures for TensorBoard of each evaluation."""
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """A training run. Any field is a flag; nested ones are joined by a dot (--mesh.fsdp 64)."""
+
+    name: str
+    """Name in the registry, and of the folder under runs/."""
+    system: str = ""
+    """Which system: a name in the registry of systems."""
+    model: Any = None
+    """The system's own configuration."""
+    stage: str = ""
+    """Which parameters are trained: a stage of the system."""
+    data: DataConfig = DataConfig()
+    buckets: tuple[Bucket, ...] = ()
+    """Shapes of rows; one program is compiled for each that the data uses."""
+    rows: tuple[int, ...] = (8,)
+    """Rows of a global batch for each bucket, or one number for all."""
+    accumulation: int = 1
+    """Microbatches of one update."""
+    steps: int = 0
+    """Updates of the run; 0: as many as `epochs` take."""
+    epochs: float = 1.0
+    """Passes through the mixture, when `steps` is 0."""
+    seed: int = 0
+    """Seed of fresh parameters and of the step's randomness."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log_every: int = 1
+    """Steps between lines of the console and the metrics file."""
+    init_from: str = ""
+    """Folder to start from: a converted host, or the model of the stage before; the rest starts fresh."""
+    out: str = ""
+    """Folder of the run; by default runs/NAME. A run that is there already is continued."""
+
+
+RUN_ONLY = ("out", "log_every", "checkpoint", "evaluation", "mesh", "data.workers", "data.prefetch")
+"""Fields that may differ when a run is continued: they change no batch and no formula."""
+
+
+def as_json(value: Any) -> Any:
+    """A recipe as plain JSON values; dataclasses carry their class name, so that a changed kind shows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"": type(value).__name__} | fields
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, frozenset | set):
+        return sorted(as_json(item) for item in value)
+    if isinstance(value, tuple | list):
+        return [as_json(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
+    """Where two `as_json` recipes differ in what makes a run, as lines "field: ours, was theirs"."""
+    if path in RUN_ONLY:
+        return []
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        lines = []
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            inner = f"{path}.{key}" if path else key
+            lines += differences(ours.get(key), theirs.get(key), inner)
+        return lines
+    return [] if ours == theirs else [f"{path}: {ours!r}, was {theirs!r}"]
+
+
+def check(recipe: TrainRecipe) -> None:
+    """Check what can be checked before anything is built; UserError names every fault at once."""
+    faults = []
+    if recipe.steps < 0 or (recipe.steps == 0 and recipe.epochs <= 0):
+        faults.append("steps or epochs must be positive")
+    if recipe.accumulation < 1:
+        faults.append(f"accumulation is {recipe.accumulation}, must be at least 1")
+    if not recipe.buckets:
+        faults.append("buckets is empty")
+    if len(recipe.rows) not in (1, len(recipe.buckets)):
+        faults.append(f"rows has {len(recipe.rows)} numbers for {len(recipe.buckets)} buckets")
+    if any(rows < 1 for rows in recipe.rows):
+        faults.append("rows must be positive")
+    if recipe.log_every < 1 or recipe.checkpoint.keep < 1:
+        faults.append("log_every and checkpoint.keep must be at least 1")
+    if any(entry.repetitions <= 0 for entry in recipe.data.sources):
+        faults.append("repetitions of a source must be positive")
+    if faults:
+        raise UserError(f"Recipe '{recipe.name}' cannot be run: {'; '.join(faults)}.")

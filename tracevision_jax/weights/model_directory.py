@@ -1,0 +1,121 @@
+"""A model as a directory: `config.json`, `params/` (Orbax, sharded) and `sha256.json`.
+
+What training exports, what inference and the next stage load:
+
+    save_model("runs/stage1/model", {"system": "tracevision", "model": {...}}, params)
+    config, params = load_model("runs/stage1/model")
+    config, params = load_model(directory, sharding=lambda path, shape: ..., paths=["tvp/out_scale"])
+
+Arrays are read straight to where they belong, only those that are asked for. The directory appears whole or
+not at all.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.weights import hashes
+
+Params = Any
+ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""(path, shape) -> where the array goes."""
+
+
+def save_model(directory: str | Path, config: dict[str, Any], params: Params) -> None:
+    """Write a model; one that is there already is replaced once the new one is complete.
+
+    Args:
+        directory: where to.
+        config: JSON values; by convention "system" (its name) and "model" (its configuration).
+        params: nested dictionaries of arrays.
+    """
+    directory = Path(directory).absolute()
+    partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / "params", params)
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    hashes.write_hashes(partial)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_model(directory: str | Path) -> bool:
+    """Whether a directory looks like one of ours."""
+    directory = Path(directory)
+    return (directory / "config.json").is_file() and (directory / "params").is_dir()
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The configuration alone; UserError when the directory is no model of ours."""
+    directory = Path(directory)
+    if not is_model(directory):
+        raise UserError(f"{directory} is not a model directory: it needs config.json and params/.")
+    return json.loads((directory / "config.json").read_text())
+
+
+def read_shapes(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of every parameter, without reading any."""
+    read_config(directory)
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(Path(directory).absolute() / "params").item_metadata
+    leaves: dict[str, Any] = traverse_util.flatten_dict(dict(tree), sep="/")
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+
+
+def load_model(
+    directory: str | Path,
+    sharding: ShardingOf | None = None,
+    paths: Iterable[str] | None = None,
+    verify: bool = True,
+) -> tuple[dict[str, Any], Params]:
+    """Read (configuration, parameters).
+
+    Args:
+        directory: what `save_model` wrote.
+        sharding: where each array goes; the first device by default.
+        paths: which parameters to read; all by default.
+        verify: check the files' hashes first.
+
+    Raises:
+        UserError: no such model, a damaged file (all are named), or an unknown path.
+    """
+    config, shapes = read_config(directory), read_shapes(directory)
+    directory = Path(directory).absolute()
+    if verify and (damage := hashes.faults(directory)):
+        raise UserError("This model is damaged; copy or export it again:\n  " + "\n  ".join(damage))
+    wanted = set(shapes) if paths is None else set(paths)
+    if unknown := sorted(wanted - set(shapes)):
+        raise UserError(f"{directory} has no parameter {', '.join(unknown)}.")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def target(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+        if path not in wanted:
+            return ocp.PLACEHOLDER
+        place = here if sharding is None else sharding(path, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    targets = {path: target(path, leaf) for path, leaf in shapes.items()}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = traverse_util.unflatten_dict(targets, sep="/")
+        arguments = jax.tree.map(_restore_arguments, tree)
+        restored = checkpointer.restore(directory / "params", ocp.args.PyTreeRestore(tree, arguments))
+    leaves = traverse_util.flatten_dict(restored, sep="/")
+    return config, traverse_util.unflatten_dict({p: leaves[p] for p in shapes if p in wanted}, sep="/")
+
+
+def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
+    if leaf is ocp.PLACEHOLDER:
+        return ocp.RestoreArgs()
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
