@@ -32,7 +32,7 @@ STYLES = ["bins", "digits", "merged digits", "characters"]
 
 @functools.cache
 def vocabulary_of(style: str) -> Vocabulary:
-    """Byte-level BPEs: numbers merged as training finds them, cut into single digits, or nothing merged at all."""
+    """Byte-level BPEs: numbers merged as training finds them, in single digits, or nothing merged at all."""
     tokenizer = train_tokenizer(TEXTS, 11 + 256 + (0 if style == "characters" else 120))
     if style in ("digits", "bins"):
         # The rule of Qwen's own pre-tokenizer that matters here: every digit stands alone.
@@ -84,7 +84,7 @@ def draw_answers(
 
 
 def structures(vocabulary: Vocabulary, answer: list[int], max_points: int) -> list[str]:
-    """Parse an answer's ids without the grammar; the kinds of what it holds. Asserts on anything malformed."""
+    """Parse an answer's ids without the grammar; the kinds of what it holds. Malformed ids fail the test."""
     special = vocabulary.special
     ends = {special("<|im_end|>"), special("<|endoftext|>")}
     pairs = {

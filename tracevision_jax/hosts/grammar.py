@@ -1,19 +1,20 @@
 """Constrained decoding: a finite automaton over token classes that lives in the decode loop on the device.
 
-With it every answer is well formed: `<traj>` is followed by points and `</traj>`, `<|box_start|>` by x1 y1 x2 y2
-with x2 >= x1 and y2 >= y1 and `<|box_end|>`, `[SEG]` by its six slots, `<|object_ref_start|>` by text and
-`<|object_ref_end|>`; coordinates are bins or written numbers (TraceVision, Sec. 3.2.3). What is opened is always closed
-before the budget of new tokens is used up: `steps_to_close` holds the least number of tokens that surely leads out
-of each state, and a token is allowed only if it leaves enough budget for that. So no state is ever without a token.
+With it every answer is well formed: `<traj>` is followed by points and `</traj>`, `<|box_start|>` by x1 y1
+x2 y2 with x2 >= x1 and y2 >= y1 and `<|box_end|>`, `[SEG]` by its six slots, `<|object_ref_start|>` by text
+and `<|object_ref_end|>`; coordinates are bins or written numbers (TraceVision, Sec. 3.2.3). What is opened is
+always closed before the budget of new tokens is used up: `steps_to_close` holds the least number of tokens
+that surely leads out of each state, and a token is allowed only if it leaves enough budget for that. So no
+state is ever without a token.
 
     grammar = answer_grammar(vocabulary, max_points=64)
     state = grammar.start(rows)
     allowed = allowed_tokens(grammar, state, remaining)      # inside the loop
     state = advance(grammar, state, tokens)
 
-A number that must not fall below an earlier one (x2, y2) is compared with a register. For written digits the digits so
-far stand in `number`; a digit is allowed while the largest completion of at most three digits still reaches the
-register.
+A number that must not fall below an earlier one (x2, y2) is compared with a register. For written digits the
+digits so far stand in `number`; a digit is allowed while the largest completion of at most three digits still
+reaches the register.
 """
 
 import dataclasses
@@ -54,9 +55,9 @@ class GrammarState:
 class Grammar:
     """The automaton's tables; an edge is (state, class of the token).
 
-    Over an edge the number becomes number * scale + value of the token. Where `bound` names a register, the edge is
-    open only to tokens with which (number + 1) * power - 1 reaches that register: power is 10 to the number of digits
-    that may follow, so this is the largest number that can still come of it.
+    Over an edge the number becomes number * scale + value of the token. Where `bound` names a register, the
+    edge is open only to tokens with which (number + 1) * power - 1 reaches that register: power is 10 to the
+    number of digits that may follow, so this is the largest number that can still come of it.
     """
 
     token_class: Int[Array, "vocabulary"]
@@ -116,8 +117,8 @@ def check_prefix(grammar: Grammar, tokens: Sequence[int], budget: int) -> None:
             raise UserError(f"forced token {index + 1} ({token}) is not in the vocabulary")
         if not bool(allowed_tokens(grammar, state, jnp.array([budget - index]))[0, token]):
             raise UserError(
-                f"an answer of at most {budget} tokens cannot begin with {list(tokens)}: token {index + 1} ({token}) "
-                "is not allowed there, or too few are left to close what it opens"
+                f"an answer of at most {budget} tokens cannot begin with {list(tokens)}: token {index + 1} "
+                f"({token}) is not allowed there, or too few are left to close what it opens"
             )
         state = advance(grammar, state, jnp.array([token]))
 
@@ -206,9 +207,14 @@ class _Builder:
         populated = np.bincount(token_class, minlength=len(names)) > 0
         surely = np.where((tables["sure"] > 0) & populated, tables["target"], -1)
         return Grammar(
-            token_class, token_value, tables["target"], tables["scale"], tables["power"], tables["bound"],
-            tables["store"], _steps_to_close(surely, (self.FREE, self.END)), np.int32(self.FREE), np.int32(self.END),
-        )  # fmt: skip
+            token_class,
+            token_value,
+            next_state=tables["target"],
+            steps_to_close=_steps_to_close(surely, (self.FREE, self.END)),
+            first_state=np.array(self.FREE, np.int32),
+            end_state=np.array(self.END, np.int32),
+            **{field: tables[field] for field in ("scale", "power", "bound", "store")},
+        )
 
 
 def _steps_to_close(surely: np.ndarray, closed: Sequence[int]) -> np.ndarray:
@@ -235,9 +241,9 @@ def text_grammar(vocab_size: int, end: Sequence[int], forbidden: Sequence[int] =
 
 
 def answer_grammar(vocabulary: Vocabulary, max_points: int = 64) -> Grammar:
-    """The grammar of TraceVision's answers: text, phrases, boxes, trajectories of 1 to `max_points` points, masks.
+    """The grammar of TraceVision's answers: text, phrases, boxes, trajectories of 1 to `max_points`, masks.
 
-    Raises UserError when coordinates are written as digits and the tokenizer mixes digits with other characters.
+    Raises UserError when coordinates are digits and the tokenizer joins those with other characters.
     """
     if max_points < 1:
         raise UserError(f"a trajectory has at least one point, so max_points cannot be {max_points}")

@@ -1,9 +1,10 @@
-"""Choosing the next token from logits: greedy, temperature, top-k and top-p, with settings of its own for every row.
+"""Choosing the next token from logits: greedy, temperature, top-k and top-p, each row with its own settings.
 
-Every setting is an array, so changing one never recompiles. The order is that of `transformers`: forbidden tokens
-out, then temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020) over what top-k left. Both
-cuts are found by bisection on the bit pattern of the logits (32 passes over the vocabulary, exact) instead of by
-sorting it; tokens that tie with the last one kept are kept too. Work that no row asks for is skipped by `lax.cond`.
+Every setting is an array, so changing one never recompiles. The order is that of `transformers`: forbidden
+tokens out, then temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020) over what top-k
+left. Both cuts are found by bisection on the bit pattern of the logits (32 passes over the vocabulary, exact)
+instead of by sorting it; tokens that tie with the last one kept are kept too. Work that no row asks for is
+skipped by `lax.cond`.
 
     settings = sampling_settings(rows=8, temperature=0.7, top_p=0.9, seed=1)
     tokens = sample_tokens(logits, allowed, settings, step)
@@ -36,7 +37,7 @@ class SamplingSettings:
     top_p: Float[Array, "batch"]
     """Only the most likely tokens that together reach this probability are left; 1 leaves all."""
     seeds: UInt32[Array, "batch"]
-    """A row's draws depend on its own seed and the step alone, not on the rows that it shares a batch with."""
+    """A row's draws depend on its own seed and the step alone, not on the other rows of its batch."""
 
 
 def sampling_settings(
@@ -99,10 +100,10 @@ def sample_tokens(
 def filter_logits(
     logits: Float[Array, "batch vocabulary"], settings: SamplingSettings
 ) -> Float[Array, "batch vocabulary"]:
-    """Divide by the temperature and put -inf on what top-k and top-p remove; a row with temperature 0 is unspecified."""
+    """Divide by the temperature and put -inf on what top-k and top-p remove (temperature 0 counts as 1)."""
     temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
     # Shifted to a maximum of 0 first: a tiny temperature must not overflow the best token.
-    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
+    scaled = jnp.asarray(logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
     scaled = lax.cond(
         jnp.any(settings.top_k > 0), lambda: _keep_top_k(scaled, jnp.asarray(settings.top_k)), lambda: scaled
     )
@@ -131,9 +132,9 @@ def _ordered_bits(numbers: jax.Array) -> jax.Array:
 
 
 def _largest_threshold(order: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """For each row the largest integer t at which the weights of `order >= t` still sum to the target or more.
+    """For each row the largest integer t at which the weights of `order >= t` still sum to the target.
 
-    Never above the row's largest entry, so that the most likely token is always kept, whatever rounding does.
+    Never above the row's largest entry, so that the most likely token is kept, whatever rounding does.
     """
     highest = jnp.max(order, axis=-1)
 
