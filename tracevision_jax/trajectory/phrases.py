@@ -85,7 +85,7 @@ class FilePhrases:
 class EndpointPhrases:
     """Phrases from a language model, each caption asked once; answers are kept in `cache`.
 
-    `cache` is a JSON lines file, one a model, which `FilePhrases` reads as well where it is named .jsonl.
+    `cache` is a JSON lines file, one a model, which `FilePhrases` reads as well if named .jsonl.
     """
 
     def __init__(self, endpoint: ChatEndpoint, cache: str | Path | None = None, attempts: int = 2):
@@ -133,7 +133,7 @@ class EndpointPhrases:
 def question(caption: str) -> str:
     """What a language model is asked (after Appendix E.7)."""
     return (
-        "Split this description into short meaningful phrases, word for word and in order. Rate each from 1 to 5 "
+        "Split this description into meaningful phrases, word for word and in order. Rate each from 1 to 5 "
         "by how much it helps to identify what is described: 5 telling attributes, 4 modifiers and names of "
         "things, 3 places, 2 minor context, 1 articles and auxiliaries. Answer in one line of this form and "
         "nothing else:\n"
@@ -243,7 +243,7 @@ def _read_object(path: Path) -> list[tuple[str, Any]]:
 
 
 def _read_lines(path: Path, may_be_cut: bool = False) -> list[tuple[str, Any]]:
-    """(caption, phrases) pairs of a JSON lines file; `may_be_cut` passes over lines that a killed writer left."""
+    """(caption, phrases) pairs of a JSON lines file; `may_be_cut` passes over a killed writer's."""
     entries = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():

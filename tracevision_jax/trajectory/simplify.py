@@ -10,7 +10,7 @@ Instead of recursing run by run, every step here splits all open runs of all tra
 
     keypoints = simplify(points, words, caption, (height, width))
     many = simplify_many(traces, words, captions, sizes, phrases)
-    evenly = to_count(points, "uniform", len(keypoints))
+    evenly = to_count(points, "uniform", len(keypoints), (height, width))
 """
 
 from collections.abc import Sequence
@@ -129,7 +129,7 @@ def to_count(
     points: Float[np.ndarray, "points 3"],
     method: Method,
     count: int,
-    size: tuple[int, int] = (1, 1),
+    size: tuple[int, int],
     words: Sequence[TimedText] = (),
     caption: str = "",
     phrases: Sequence[Phrase] | None = None,
@@ -227,7 +227,7 @@ def _distances(
     inner: np.ndarray,
     point: np.ndarray,
 ) -> np.ndarray:
-    """Distance of inner points from the line through their run's ends, or from the ends where they coincide."""
+    """Distance of inner points from the line through their run's ends, or from ends that coincide."""
     start_x, start_y = x_px[first], y_px[first]
     chord_x, chord_y = x_px[last] - start_x, y_px[last] - start_y
     length = np.hypot(chord_x, chord_y)
