@@ -1,4 +1,4 @@
-# `make` alone lists the targets. Variables: PYTHON (3.11 or newer), VENV, TORCH_INDEX, PYTEST_ARGS, DEMO_ARGS.
+# `make` alone lists the targets. Variables: PYTHON (3.11 or newer), VENV, TORCH_INDEX, PYTEST_ARGS, DEMO_ARGS, BENCH.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,6 +15,7 @@ TORCH_INDEX ?=
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --quiet --progress-bar off
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+BENCH ?= $(filter-out ablation __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 .PHONY: help setup venv demo test lint format ablation bench clean
 
@@ -52,8 +53,8 @@ format: $(STAMP) ## Rewrite the sources in the format that lint asks for
 ablation: $(STAMP) ## Train the ablations of the paper's tables on synthetic scenes (hours) and write docs/ablation.md
 	$(BIN)/python -m benchmarks.ablation
 
-bench: $(STAMP) ## Measure simplification, metrics, the training step and decoding, and print the tables
-	$(BIN)/python -m benchmarks
+bench: $(STAMP) ## Run every benchmark of benchmarks/ and print its table (BENCH="lbm" to choose)
+	@for name in $(BENCH); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 clean: ## Remove the environment, caches and runs
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build ./*.egg-info

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -114,6 +115,11 @@ def test_every_package_imported_is_a_declared_dependency():
                 if not known & declared:
                     undeclared.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
     assert undeclared == []
+
+
+def test_a_warning_that_our_own_code_causes_is_an_error():
+    with pytest.raises(UserWarning, match="planted"):
+        warnings.warn("planted", stacklevel=1)
 
 
 def test_every_make_target_has_a_help_line():
