@@ -1,4 +1,4 @@
-"""How much faster LBM is here than by one linear program a segment, its definition: `python -m benchmarks.lbm`.
+"""How much faster LBM is here than by a linear program a segment, its definition: `python -m benchmarks.lbm`.
 
 The baseline hands scipy's HiGHS only the cells inside the windows, as sparse matrices: the definition, not a
 straw man. Both sides run on the same random traces, alternating, best of three each, and must agree to 1e-9.

@@ -1,7 +1,7 @@
 """LBM, the local bipartite matching distance between two traces (lower is better; 0 is a perfect match).
 
-Follows Meng et al., "Connecting What to Say With Where to Look by Modeling Human Attention Traces" (MITR, CVPR
-2021) as its public code computes it; TraceVision Table 1 reports it for k = 0 and k = 1. In numpy, on the host:
+Follows Meng et al., "Connecting What to Say With Where to Look by Modeling Human Attention Traces" (MITR,
+CVPR 2021) as its public code computes it; TraceVision Table 1 reports it for k = 0 and k = 1. In numpy:
 
     trace_lbm(predicted_points, true_word_boxes, window=0)
     mean_over_traces(np.array([trace_lbm(p, t, window=1) for p, t in pairs]))
@@ -15,10 +15,10 @@ Definition, for a predicted and a true list of boxes:
 5. A segment's cost is that sum over p; the trace's is the plain mean over segments, however short the last.
 
 The linear program has an integral optimum, so an assignment gives its value; and at k = 0 the windows of a
-segment are disjoint, so each row simply takes its cheapest column. No segment is ever infeasible: P <= M makes
-m >= p, so the windows of k = 0 hold a column each, and a larger k only adds choices (which is also why the
-value never grows with k). Bounds are computed in integers: floating point would shift a segment by one box for
-about one pair of lengths in 4,000.
+segment are disjoint, so each row simply takes its cheapest column. No segment is ever infeasible: P <= M
+makes m >= p, so the windows of k = 0 hold a column each, and a larger k only adds choices (which is also why
+the value never grows with k). Bounds are computed in integers: floating point would shift a segment by one
+box for about one pair of lengths in 4,000.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ _QUARTERS = np.full(4, 0.25)  # a mean over four coordinates as a product: sever
 
 
 def as_boxes(trace: ArrayLike) -> Float[np.ndarray, "length 4"]:
-    """Boxes (x1, y1, x2, y2) of a list of points (x, y), of boxes, or of boxes with their area as fifth number.
+    """Boxes (x1, y1, x2, y2) of a list of points (x, y), boxes, or boxes with their area as fifth number.
 
     A point becomes the box of zero area at its place.
 
