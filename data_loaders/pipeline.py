@@ -1,0 +1,212 @@
+"""Executes the epoch plan with Grain: reads and lays out rows in threads or worker processes, ahead of the training.
+
+    pipeline = Pipeline(plan, sources, make_row, collate, steps=plan.steps_in(3), workers=8)
+    for item in pipeline.batches(start=step):        # StepBatch, in order, from any step
+
+The state is the step number. A batch depends on it alone (not on workers, threads or what was read before),
+so a resumed run continues exactly, also with other numbers of workers or processes.
+
+A record that cannot be used (BadRecord, any exception while decoding or laying it out) becomes an empty slot
+of weight 0 and a `BadRecordReport` with its reason and file; the rest of its row is kept.
+"""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import absl.flags
+import grain
+import jax
+
+from data_loaders.plan import Plan, Record, rows_of_process
+from tracevision_jax.records.batch import Batch, Bucket
+from tracevision_jax.records.sample import BadRecord
+from tracevision_jax.training.source import BadRecordReport, StepBatch
+
+Row = Any
+MakeRow = Callable[[list[Any]], Row]
+"""Samples packed into a row -> the row; an empty list gives an empty row."""
+Collate = Callable[[list[Row], Bucket], Batch]
+"""Rows of this process -> its part of the batch, as numpy arrays."""
+
+
+class Records(Protocol):
+    """Random access to the samples of a source; raises BadRecord for those that cannot be used."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@dataclass
+class Pipeline:
+    """Batches by step number (`tracevision_jax.training.source.BatchSource`)."""
+
+    plan: Plan
+    records: Sequence[Records]
+    """In the order of the plan's sources; sent to worker processes, so picklable and lazy in opening files."""
+    make_row: MakeRow
+    collate: Collate
+    steps: int
+    workers: int = 0
+    """Processes that make batches; 0 makes them in threads of this one."""
+    prefetch: int = 4
+    """Batches made ahead."""
+    process: int | None = None
+    processes: int | None = None
+    """Which share of each batch is made here; by default, jax's process number and count."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of a global batch of each bucket."""
+        return tuple(self.plan.rows)
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Shapes of batches, in the order of `rows`."""
+        return tuple(self.plan.buckets)
+
+    @property
+    def fingerprint(self) -> str:
+        """The plan's."""
+        return self.plan.fingerprint
+
+    def describe(self) -> str:
+        """The plan's description, and the number of steps."""
+        return f"{self.plan.describe()}\n{self.steps:,} steps, {self.workers or 'no'} data workers"
+
+    def batches(self, start: int = 0) -> Iterator[StepBatch]:
+        """Yield the batches of the steps from `start` on; closing the iterator ends the workers."""
+        if start >= self.steps:
+            return
+        process = jax.process_index() if self.process is None else self.process
+        processes = jax.process_count() if self.processes is None else self.processes
+        maker = _StepMaker(
+            self.plan, tuple(self.records), self.make_row, self.collate, start, self.steps, process, processes
+        )
+        threads = max(1, min(2, os.cpu_count() or 1)) if not self.workers else 1
+        options = grain.ReadOptions(
+            num_threads=threads,
+            prefetch_buffer_size=max(self.prefetch, threads) if not self.workers else threads,
+        )
+        dataset = grain.MapDataset.source(maker).to_iter_dataset(options)
+        if self.workers:
+            if not absl.flags.FLAGS.is_parsed():  # Grain reads its flags when it starts workers
+                absl.flags.FLAGS.mark_as_parsed()
+            each = grain.multiprocessing.MultiprocessingOptions(
+                num_workers=self.workers, per_worker_buffer_size=max(1, self.prefetch // self.workers)
+            )
+            dataset = dataset.mp_prefetch(each, worker_init_fn=start_worker)
+        iterator = iter(dataset)
+        try:
+            for made in iterator:
+                planned = self.plan.step(made["step"])
+                batch = Batch(**made["arrays"])
+                yield StepBatch(planned.step, planned.epoch, planned.bucket, batch, made["bad"])
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()
+
+
+def start_worker(worker: int, workers: int) -> None:
+    """Set up a worker process: it keeps off accelerators, and ends when the training process does."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=end_with_parent, daemon=True, name=f"worker {worker} of {workers}").start()
+
+
+@dataclass(repr=False)
+class _StepMaker:
+    """Random access to made steps, as Grain reads them; holds all that a worker needs."""
+
+    plan: Plan
+    records: tuple[Records, ...]
+    make_row: MakeRow
+    collate: Collate
+    start: int
+    steps: int
+    process: int
+    processes: int
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Make a step; arrays travel by name, since Grain may put them into shared memory."""
+        planned = self.plan.step(self.start + int(index))
+        share = planned.rows[rows_of_process(len(planned.rows), self.process, self.processes)]
+        bad: list[BadRecordReport] = []
+        rows = [self._row(planned.step, records, bad) for records in share]
+        batch = self._batch(planned.step, planned.bucket, rows, share, bad)
+        return {"step": planned.step, "arrays": dict(vars(batch)), "bad": tuple(bad)}
+
+    def _row(self, step: int, records: tuple[Record, ...], bad: list[BadRecordReport]) -> Row:
+        """Lay a row out; records that cannot be read or laid out are left out of it and reported."""
+        samples: list[tuple[Record, Any]] = []
+        for record in records:
+            try:
+                samples.append((record, self.records[record[0]][record[1]]))
+            except Exception as error:
+                bad.append(self._report(step, record, error))
+        try:
+            return self.make_row([sample for _, sample in samples])
+        except Exception as error:
+            whole = error
+        usable: list[tuple[Record, Any]] = []
+        for record, sample in samples:
+            try:
+                self.make_row([sample])
+                usable.append((record, sample))
+            except Exception as error:
+                bad.append(self._report(step, record, error))
+        if len(usable) < len(samples):
+            return self.make_row([sample for _, sample in usable])
+        bad.extend(self._report(step, record, whole) for record, _ in samples)
+        return self.make_row([])
+
+    def _batch(
+        self,
+        step: int,
+        bucket: Bucket,
+        rows: list[Row],
+        records: Sequence[tuple[Record, ...]],
+        bad: list[BadRecordReport],
+    ) -> Batch:
+        """Collate; a row that does not fit the bucket becomes an empty one and its records are reported."""
+        try:
+            return self.collate(rows, bucket)
+        except Exception as error:
+            whole, kept = error, []
+        for row, packed in zip(rows, records, strict=True):
+            try:
+                self.collate([row], bucket)
+                kept.append(row)
+            except Exception as error:
+                if not packed:
+                    raise
+                reported = {(report.source, report.record) for report in bad}
+                for record in packed:
+                    report = self._report(step, record, error)
+                    if (report.source, report.record) not in reported:
+                        bad.append(report)
+                kept.append(self.make_row([]))
+        if not bad:
+            raise whole
+        return self.collate(kept, bucket)
+
+    def _report(self, step: int, record: Record, error: Exception) -> BadRecordReport:
+        name = self.plan.sources[record[0]].name
+        if isinstance(error, BadRecord):
+            return BadRecordReport(step, name, record[1], error.reason, error.file)
+        file = str(getattr(error, "filename", None) or "")
+        return BadRecordReport(step, name, record[1], f"{type(error).__name__}: {error}", file)
