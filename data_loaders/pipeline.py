@@ -1,4 +1,4 @@
-"""Executes the epoch plan with Grain: reads and lays out rows in threads or worker processes, ahead of the training.
+"""Executes the epoch plan with Grain: rows are read and laid out ahead, in threads or worker processes.
 
     pipeline = Pipeline(plan, sources, make_row, collate, steps=plan.steps_in(3), workers=8)
     for item in pipeline.batches(start=step):        # StepBatch, in order, from any step
@@ -47,7 +47,7 @@ class Pipeline:
 
     plan: Plan
     records: Sequence[Records]
-    """In the order of the plan's sources; sent to worker processes, so picklable and lazy in opening files."""
+    """In the order of the plan's sources; sent to worker processes, so picklable and lazy in opening."""
     make_row: MakeRow
     collate: Collate
     steps: int

@@ -1,4 +1,4 @@
-"""The epoch plan: which records every row of every step holds, computed alike on all hosts from a seed and a table.
+"""The epoch plan: which records every row of every step holds, alike on all hosts, from a seed and a table.
 
     plan = Plan(seed=0, sources=[Lengths("ln_coco", sizes)], buckets=[small, large], rows=[64, 16])
     plan.steps_in(epochs=3)
@@ -112,8 +112,8 @@ class Plan:
             longest = ", ".join(str(s.resources.max(0).tolist()) for s in self.sources if len(s.resources))
             raise UserError(
                 f"No record fits any bucket: the largest take {longest or 'nothing (there are no records)'} "
-                f"(tokens, frames, windows, conversations, points, masks); the last bucket is
-                {self.buckets[-1]}."
+                f"(tokens, frames, windows, conversations, points, masks); the last bucket is "
+                f"{self.buckets[-1]}."
             )
         self.fingerprint = self._hash()
         self._epochs: OrderedDict[int, EpochPlan] = OrderedDict()
@@ -286,7 +286,7 @@ def rows_of_process(rows: int, process: int, processes: int) -> slice:
 
 
 def repetitions_of(weights: Sequence[float], records: Sequence[int]) -> list[float]:
-    """Repetitions that mix sources in given proportions, with as many records in an epoch as there are in all."""
+    """Repetitions that mix sources in given proportions; an epoch has as many records as there are."""
     total, mass = sum(records), sum(weights)
     return [weight / mass * total / count for weight, count in zip(weights, records, strict=True)]
 
