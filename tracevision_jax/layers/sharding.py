@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from tracevision_jax.ops.attention import attention_mesh
@@ -56,7 +56,9 @@ def activation_sharding(mesh: Mesh, rules: Rules, platform: str | None = None) -
         _active.reset(token)
 
 
-def layout(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+def layout(
+    shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | AbstractMesh, rules: Rules
+) -> PartitionSpec:
     """Return the layout of an array: a mesh axis is used once, and only where it divides the axis."""
     spec, used = [], set()
     for size, name in zip(shape, names, strict=True):

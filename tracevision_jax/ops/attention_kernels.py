@@ -67,10 +67,8 @@ def attend_splash(call: AttentionCall, placement: Placement) -> Float[Array, "ba
     local_heads = heads // placement.shards(placement.head_axes)
     mask_of = splash_attention_mask.CausalMask if call.causal else splash_attention_mask.FullMask
     block = next(size for size in (SPLASH_BLOCK_LIMIT, 256, TPU_LANES) if length % size == 0)
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
+    sides = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys((*sides, "block_q_dq", "block_kv_dq"), block))
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([mask_of((length, length))] * local_heads), block_sizes=sizes
     )

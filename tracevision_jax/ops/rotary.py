@@ -20,7 +20,7 @@ def inverse_frequencies(channels: int, theta: float) -> Float[np.ndarray, "half"
 
 
 def axial_angles(
-    positions: Num[Array, "*rows axes"], frequencies: Sequence[Float[np.ndarray, "section"]]
+    positions: Num[Array, "*rows axes"], frequencies: Sequence[Float[np.ndarray, "_"]]
 ) -> Float[Array, "*rows half"]:
     """Angles position[axis] * frequency, one axis's section after another: `frequencies[a]` is axis a's."""
     positions = jnp.asarray(positions, jnp.float32)
@@ -30,7 +30,7 @@ def axial_angles(
 
 def multimodal_frequencies(
     head_dim: int, theta: float, sections: Sequence[int]
-) -> tuple[Float[np.ndarray, "section"], ...]:
+) -> tuple[Float[np.ndarray, "_"], ...]:
     """Frequencies of multimodal rotary: one series cut into sections for time, height and width, in a row."""
     series = inverse_frequencies(head_dim, theta)
     if sum(sections) != len(series):
