@@ -1,8 +1,7 @@
-"""Where the images of Localized Narratives lie: the usual folder layouts of COCO, ADE20k, Flickr30k and
-Open Images.
+"""Where the images of Localized Narratives lie: the usual folders of COCO, ADE20k, Flickr30k and Open Images.
 
-A record names its image by an id (`facts` of the release: COCO without leading zeros, Open Images in
-hexadecimal, the others by the file's stem). The layouts tried are those of the data sets' own archives, and
+A record names its image by an id (COCO: without leading zeros; Open Images: in hexadecimal; the others: by the
+file's stem). The layouts tried are those of the data sets' own archives, and
 one flat folder.
 """
 
@@ -73,7 +72,9 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112) in TURNED
+            # Pillow would decode a PNG to look for an orientation behind its pixels, where none is ever put.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and image.getexif().get(0x0112) in TURNED
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = "is empty (zero bytes)" if path.stat().st_size == 0 else f"has no readable header: {error}"
         raise BadRecord(f"the image {reason}", file=str(path), record=path.stem) from error

@@ -27,7 +27,7 @@ class NarrativeRecord:
     annotator_id: int
     caption: str
     words: tuple[TimedWord, ...]
-    strokes: tuple[Float[np.ndarray, "points 3"], ...]
+    strokes: tuple[Float[np.ndarray, "_ 3"], ...]
 
 
 def parse_object(line: bytes) -> dict:
@@ -115,7 +115,7 @@ def _words(entries) -> tuple[TimedWord, ...]:
     return tuple(words)
 
 
-def _strokes(entries) -> tuple[Float[np.ndarray, "points 3"], ...]:
+def _strokes(entries) -> tuple[Float[np.ndarray, "_ 3"], ...]:
     """Strokes as arrays of (x, y, t); empty ones are left out."""
     strokes = []
     for number, entry in enumerate(_list(entries, "traces"), 1):

@@ -111,7 +111,7 @@ def _cache_name(file: Path) -> str:
 def _load(place: Path, stamp: np.ndarray):
     """Kept (starts, numbers) if they belong to the file as it is now."""
     try:
-        with np.load(place) as kept:
+        with open(place, "rb") as file, np.load(file) as kept:
             if np.array_equal(kept["stamp"], stamp):
                 return kept["starts"], kept["numbers"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

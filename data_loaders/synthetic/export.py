@@ -1,4 +1,4 @@
-"""Writes synthetic scenes as a Localized Narratives data set: the released JSON-lines format and a folder of images.
+"""Writes synthetic scenes as a Localized Narratives data set: released JSON lines, and a folder of images.
 
     export_narratives(SyntheticScenes(1, 200), Path("ln"), split="val")
 

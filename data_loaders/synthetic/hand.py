@@ -148,7 +148,7 @@ def _tremble(count: int, smooth: int, random) -> Float[np.ndarray, "count"]:
     return np.convolve(random.standard_normal(count + 2 * smooth), _window(smooth), mode="valid")
 
 
-def split_strokes(trace: Trace, gap: Float[np.ndarray, "2"]) -> tuple[Trace, ...]:
+def split_strokes(trace: Trace, gap: Float[np.ndarray, "2"]) -> tuple[Float[np.ndarray, "_ 3"], ...]:
     """Cut the points between the times `gap` out: the pointer left the image and came back."""
     before, after = trace[trace[:, 2] < gap[0]], trace[trace[:, 2] > gap[1]]
     return (before, after) if len(before) > 1 and len(after) > 1 else (trace,)

@@ -28,6 +28,7 @@ OPENINGS = (
     "I can see",
     "there is",
 )
+FIRST = ("there is", "we can see", "I can see")
 MORE = ("there is", "there is also", "we can see", "I can see", "I also see", "we can also see")
 FILLERS = ("um", "uh", "and um", "so")
 SYNONYMS = {"large": ("large", "big"), "small": ("small", "little")}
@@ -146,34 +147,31 @@ def _mention(layout: Layout, earlier, number: int, phrase: str, brief: bool, ran
     place = place_of(layout.centre(number))
     relations = [(k, relation_of(layout.centre(number), layout.centre(k))) for k in earlier]
     relations = [(k, relation) for k, relation in relations if relation]
-    if relations and random.random() < (0.5 if brief else 0.65):
-        return _relative(layout, *_pick(relations, random), earlier, number, phrase, place, brief, random)
-    if not earlier and not brief:
-        verb = _pick(OPENINGS, random)
-    else:
-        verb = "there is" if brief else _pick(MORE, random)
+    if relations and random.random() < 0.6:
+        anchor, relation = _pick(relations, random)
+        return _relative(layout, anchor, relation, earlier[-1], number, phrase, place, brief, random)
+    if brief:
+        return [(f"{phrase} {place}", number)]
     form = int(random.integers(3))
     if form == 0:
-        return [(f"{place} {verb} {phrase}", number)]
-    if form == 1 and (earlier or brief):
+        return [(f"{place} {_pick(MORE if earlier else FIRST, random)} {phrase}", number)]
+    if form == 1 and earlier:
         return [(f"{phrase} is {place}", number)]
-    return [(f"{verb} {phrase} {place}", number)]
+    return [(f"{_pick(MORE if earlier else OPENINGS, random)} {phrase} {place}", number)]
 
 
-def _relative(layout, anchor: int, relation: str, earlier, number: int, phrase, place, brief, random):
-    """Parts of a sentence that places object `number` against the object `anchor`."""
-    last = anchor == earlier[-1]
-    reference = "it" if last and random.random() < 0.4 else short_phrase(layout.objects[anchor])
+def _relative(layout, anchor: int, relation: str, last: int, number: int, phrase, place, brief, random):
+    """Parts of a sentence that places object `number` against the object `anchor`; `last` was named last."""
+    reference = "it" if anchor == last and random.random() < 0.4 else short_phrase(layout.objects[anchor])
+    if brief:
+        return [(f"{phrase} {relation} {reference}", number)]
     # The hand still rests on the object just named; a more distant one is not visited again.
-    at = anchor if last else number
-    extra = f" {place}" if not brief and random.random() < 0.2 else ""
+    at = anchor if anchor == last else number
+    extra = random.random() < 0.2
     form = int(random.integers(3))
     if form == 0:
-        return [(f"{relation} {reference}", at), (f"there is {phrase}{extra}", number)]
+        return [(f"{relation} {reference}", at), (f"there is {phrase}{' ' + place if extra else ''}", number)]
+    against = f"{relation} {reference}{', ' + place if extra else ''}"
     if form == 1:
-        verb = "there is" if brief else _pick(MORE, random)
-        return [
-            (f"{verb} {phrase}", number),
-            (f"{relation} {reference}{',' + extra if extra else ''}", number),
-        ]
-    return [(f"{phrase} is", number), (f"{relation} {reference}{',' + extra if extra else ''}", number)]
+        return [(f"{_pick(MORE, random)} {phrase}", number), (against, number)]
+    return [(f"{phrase} is", number), (against, number)]

@@ -99,7 +99,7 @@ class Scene:
         )
 
     @cached_property
-    def recording(self) -> tuple[tuple[TimedWord, ...], tuple[Float[np.ndarray, "points 3"], ...]]:
+    def recording(self) -> tuple[tuple[TimedWord, ...], tuple[Float[np.ndarray, "_ 3"], ...]]:
         """Timed words and strokes of the narrative; in videos, the words last as long as the video."""
         config, random = self.config, self.random("hand")
         speed = random.uniform(*config.words_per_second)

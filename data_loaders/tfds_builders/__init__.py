@@ -1,0 +1,1 @@
+"""TFDS builders of datasets that TFDS lacks: ArrayRecord files, resumable, without TensorFlow."""
