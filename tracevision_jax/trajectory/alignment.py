@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 
 from tracevision_jax.errors import UserError
 
-MAX_WORDS = 4000
+MAX_WORDS = 20_000
 """Longest caption or utterance list, in words, that is aligned; the work grows with their product."""
 
 _NEAR_SPELLING = 0.75
@@ -93,20 +93,22 @@ def align_words(caption: str, words: Sequence[TimedText]) -> list[AlignedWord]:
     spans = word_spans(caption)
     wanted = [normal_word(caption[start:end]) for start, end in spans]
     heard: list[str] = []
-    utterance: list[int] = []
+    times: list[tuple[float, float]] = []
     for index, word in enumerate(words):
-        _check_times(index, word)
+        window = (float(word.start), float(word.end))
+        if not -math.inf < window[0] <= window[1] < math.inf:
+            raise _impossible_times(index, word)
         spoken = normal_words(word.text)
-        heard.extend(spoken)
-        utterance.extend([index] * len(spoken))
-    aligned = []
-    for (start, end), match in zip(spans, _match(wanted, heard), strict=True):
-        window = None
-        if match is not None:
-            first, last = words[utterance[match[0]]], words[utterance[match[1]]]
-            window = (float(first.start), max(float(first.end), float(last.end)))
-        aligned.append(AlignedWord(caption[start:end], start, end, window))
-    return aligned
+        heard += spoken
+        times += [window] * len(spoken)
+    places, runs = _match(wanted, heard)
+    windows = [None if place is None else times[place] for place in places]
+    for index, (first, last) in runs.items():
+        windows[index] = (times[first][0], max(times[first][1], times[last][1]))
+    return [
+        AlignedWord(caption[start:end], start, end, window)
+        for (start, end), window in zip(spans, windows, strict=True)
+    ]
 
 
 def windows_of(aligned: Sequence[AlignedWord]) -> Float[np.ndarray, "words 2"]:
@@ -147,40 +149,35 @@ def word_boxes(
     return boxes, missing
 
 
-def _check_times(index: int, word: TimedText) -> None:
-    if not (math.isfinite(word.start) and math.isfinite(word.end)):
-        raise UserError(
-            f"timed word {index} ({word.text!r}) has the times {word.start} to {word.end}; "
-            "they must be finite seconds"
-        )
-    if word.end < word.start:
-        raise UserError(
-            f"timed word {index} ({word.text!r}) ends at {word.end} s, before its start at {word.start} s"
-        )
+def _impossible_times(index: int, word: TimedText) -> UserError:
+    if math.isfinite(word.start) and math.isfinite(word.end):
+        problem = f"ends at {word.end} s, before its start at {word.start} s"
+    else:
+        problem = f"has the times {word.start} to {word.end}; they must be finite seconds"
+    return UserError(f"timed word {index} ({word.text!r}) {problem}")
 
 
-def _match(wanted: list[str], heard: list[str]) -> list[tuple[int, int] | None]:
-    """For each wanted word the first and last of the heard words that say it."""
+def _match(wanted: list[str], heard: list[str]) -> tuple[list[int | None], dict[int, tuple[int, int]]]:
+    """Where each wanted word was heard: its place or None, and the first and last place of inexact matches."""
     if wanted == heard:
-        return [(place, place) for place in range(len(wanted))]
+        return list(range(len(wanted))), {}
     if max(len(wanted), len(heard)) > MAX_WORDS:
         raise UserError(
             f"a caption of {len(wanted)} words with {len(heard)} timed words is too long to align "
             f"(at most {MAX_WORDS} each); cut the recording into parts"
         )
     exact = _common_subsequence(wanted, heard)
-    matches: list[tuple[int, int] | None] = [None if place is None else (place, place) for place in exact]
+    runs: dict[int, tuple[int, int]] = {}
     gap_start, heard_start = 0, 0
-    for index in range(len(wanted) + 1):
-        place = exact[index] if index < len(wanted) else len(heard)
+    for index, place in enumerate([*exact, len(heard)]):
         if place is None:
             continue
         if gap_start < index and heard_start < place:
             found = _match_gap(wanted[gap_start:index], heard[heard_start:place])
             for offset, (first, last) in found.items():
-                matches[gap_start + offset] = (heard_start + first, heard_start + last)
+                runs[gap_start + offset] = (heard_start + first, heard_start + last)
         gap_start, heard_start = index + 1, place + 1
-    return matches
+    return exact, runs
 
 
 def _common_subsequence(wanted: list[str], heard: list[str]) -> list[int | None]:
@@ -191,27 +188,24 @@ def _common_subsequence(wanted: list[str], heard: list[str]) -> list[int | None]
     """
     result: list[int | None] = [None] * len(wanted)
     rows, columns = len(wanted), len(heard)
-    while rows and columns and wanted[rows - 1] == heard[columns - 1]:
-        rows, columns = rows - 1, columns - 1
-        result[rows] = columns
-    if not rows or not columns:
-        return result
-    codes = {word: code for code, word in enumerate(dict.fromkeys(wanted[:rows]))}
-    heard_codes = np.array([codes.get(word, -1) for word in heard[:columns]])
-    equal = np.array([codes[word] for word in wanted[:rows]])[:, None] == heard_codes[None, :]
-    longest = np.zeros((rows + 1, columns + 1), np.int16)
-    for row in range(rows):
-        above = longest[row]
-        # Without a gap penalty the dependence along a row is a running maximum.
-        np.maximum.accumulate(np.maximum(above[1:], above[:-1] + equal[row]), out=longest[row + 1, 1:])
+    # Rows of the table of common lengths, kept as bits (Hyyro 2004): bit j of a row is 0 where the length
+    # grows from place j to j + 1 of `heard`.
+    places: dict[str, int] = {}
+    for place, word in enumerate(heard):
+        places[word] = places.get(word, 0) | 1 << place
+    flat, row = [], (1 << columns) - 1
+    for word in wanted:
+        matching = row & places.get(word, 0)
+        row = (row + matching) | (row - matching)
+        flat.append(row)
     while rows and columns:
-        if equal[rows - 1, columns - 1]:
+        if wanted[rows - 1] == heard[columns - 1]:
             rows, columns = rows - 1, columns - 1
             result[rows] = columns
-        elif longest[rows - 1, columns] == longest[rows, columns]:
-            rows -= 1
-        else:
+        elif flat[rows - 1] >> (columns - 1) & 1:
             columns -= 1
+        else:
+            rows -= 1
     return result
 
 

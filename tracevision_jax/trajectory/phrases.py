@@ -208,20 +208,18 @@ def phrase_windows(
 
     `phrases` are in order and disjoint, `aligned` are the words of the same caption.
     """
-    windows = np.full((len(phrases), 2), np.nan)
-    index = 0
-    for row, phrase in enumerate(phrases):
-        while index < len(aligned) and aligned[index].end_char <= phrase.start_char:
-            index += 1
-        start, end = np.inf, -np.inf
-        while index < len(aligned) and aligned[index].start_char < phrase.end_char:
-            window = aligned[index].window
-            if window is not None:
-                start, end = min(start, window[0]), max(end, window[1])
-            index += 1
-        if start <= end:
-            windows[row] = start, end
-    return windows
+    windows = [(np.nan, np.nan)] * len(phrases)
+    row = 0
+    for _, start_char, end_char, window in aligned:
+        while row < len(phrases) and phrases[row].end_char <= start_char:
+            row += 1
+        if row == len(phrases):
+            break
+        if window is not None and phrases[row].start_char < end_char:
+            start, end = windows[row]
+            # Comparisons with NaN are false, so that the first window replaces it.
+            windows[row] = (start if start < window[0] else window[0], end if end > window[1] else window[1])
+    return np.array(windows, np.float64).reshape(-1, 2)
 
 
 # Files
