@@ -1,0 +1,105 @@
+"""The kinds of models whose weights we can move, and loading a checkpoint of any of them from any directory.
+
+config, params = load_host(directory)      # ours or Hugging Face's
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.nearest import suggest
+from tracevision_jax.weights import hugging_face, native, qwen25vl
+from tracevision_jax.weights.arrays import ShardingOf, first_device
+from tracevision_jax.weights.hugging_face import Config, Family
+from tracevision_jax.weights.safetensors_io import Progress
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (qwen25vl.FAMILY,)}
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a directory holds."""
+
+    native: bool
+    """Ours (`tracevision.json`), or else Hugging Face's."""
+    family: Family
+
+
+def family_named(name: str) -> Family:
+    """
+    Raises:
+        UserError: an unknown family.
+    """
+    if name not in FAMILIES:
+        raise UserError(
+            f"checkpoints of the family '{name}' cannot be read; known are {', '.join(FAMILIES)}."
+            + suggest(name, FAMILIES)
+        )
+    return FAMILIES[name]
+
+
+def recognise(directory: str | Path) -> Recognised:
+    """Tell what kind of checkpoint a directory is.
+
+    Raises:
+        UserError: none that we know.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no directory")
+    if native.is_native(directory):
+        return Recognised(True, family_named(native.read_manifest(directory).family))
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} is no checkpoint: it has neither tracevision.json (ours) nor config.json "
+            "(Hugging Face's)"
+        )
+    config = hugging_face.read_json(directory / "config.json")
+    if "model_type" not in config:
+        raise UserError(
+            f"{directory / 'config.json'} names no model_type, so it is no Hugging Face checkpoint"
+        )
+    return Recognised(False, family_named(str(config["model_type"])))
+
+
+def load_host(
+    directory: str | Path,
+    sharding_of: ShardingOf = first_device,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Config, dict[str, Any]]:
+    """Read a host (configuration, parameters) from our directory or a Hugging Face one.
+
+    Args:
+        directory: the checkpoint.
+        sharding_of: (path, shape) -> where a parameter goes; the first device by default.
+        dtype: of the parameters, such as "bfloat16"; as stored by default. The model computes in it, too.
+        progress: told of each tensor that is read.
+
+    Raises:
+        UserError: an unknown, damaged or incomplete checkpoint.
+    """
+    found = recognise(directory)
+    if not found.native:
+        return hugging_face.load_directory(directory, found.family, sharding_of, dtype, progress)
+    kind = None if dtype is None else jnp.dtype(dtype)
+    config = checked_native_config(Path(directory), found.family)
+    _, params = native.load(directory, sharding_of, kind, progress=progress)
+    kinds = [str(np.dtype(shape.dtype)) for shape in native.read_shapes(directory).values()]
+    return found.family.with_dtype(config, dtype or max(set(kinds), key=kinds.count)), params
+
+
+def checked_native_config(directory: Path, family: Family) -> Config:
+    """The configuration of one of our directories, whose parameters are those that it asks for.
+
+    Raises:
+        UserError: everything that is missing, unexpected or mis-shaped (`CheckpointMismatch`).
+    """
+    config = family.config_from_json(native.read_manifest(directory).config)
+    shapes = {path: tuple(shape.shape) for path, shape in native.read_shapes(directory).items()}
+    family.table(config).check_parameters(shapes, str(directory))
+    return config
