@@ -66,6 +66,7 @@ def row_windows(
     first_column = first_row * longer // shorter
     end_column = np.minimum(longer, -(-(first_row + SEGMENT_LENGTH) * longer // shorter))
     columns = end_column - first_column
+    window = min(window, SEGMENT_LENGTH)  # reaches every column of a segment: more changes nothing
     # For whole j, j >= x is j >= ceil(x) and j < x is j < ceil(x); -(-a // b) is the ceiling of a / b.
     start = np.maximum(0, -(-(row - first_row - window) * columns // rows_in_segment))
     stop = np.minimum(columns, -(-(row - first_row + 1 + window) * columns // rows_in_segment))

@@ -89,7 +89,7 @@ def test_the_scores_of_captions_made_here_are_those_of_the_definitions(java):
 
 
 def test_cider_of_captions_made_here_is_that_of_the_definition(java):
-    """A caption equal to its only reference gets 10 for each order of n-grams that it has, over four orders."""
+    """A caption equal to its only reference gets 10 for each order of n-grams it has, over four orders."""
     java(None)
     predictions = {"a": "red green blue sky", "b": "one two", "c": "nothing alike"}
     references = {"a": ["red green blue sky"], "b": ["one two"], "c": ["quite different words here"]}
