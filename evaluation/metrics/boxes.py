@@ -57,13 +57,13 @@ def ciou_pairs(predicted: Float[Any, "*n 4"], true: Float[Any, "*n 4"]) -> Float
     return iou - distance - _ratio(shape, 1 - iou + shape) * shape
 
 
-def precision_at(ious: Float[np.ndarray, "n"], threshold: float = 0.5) -> float:
+def precision_at(ious: Float[Any, "n"], threshold: float = 0.5) -> float:
     """Share of IoUs strictly above the threshold.
 
     Raises:
         ValueError: there is none.
     """
-    if ious.size == 0:
+    if ious.shape[0] == 0:
         raise ValueError("precision of no boxes is undefined")
     return float(np.mean(ious > threshold))
 

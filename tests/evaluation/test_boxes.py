@@ -66,6 +66,7 @@ def test_a_box_without_area_overlaps_nothing_and_yields_finite_values(other):
 def test_an_iou_of_exactly_a_half_is_no_hit():
     left, right = np.array([[0.0, 0, 1, 1], [0, 0, 1, 1]]), np.array([[0.0, 0, 1, 0.5], [0, 0, 1, 0.75]])
     assert precision_at(iou_pairs(left, right)) == 0.5
+    assert precision_at(on_device.box_ious(jnp.asarray(left), jnp.asarray(right))) == 0.5
     with pytest.raises(ValueError, match="no boxes"):
         precision_at(np.zeros(0))
 
