@@ -1,8 +1,7 @@
 """Where the images of Localized Narratives lie: the usual folders of COCO, ADE20k, Flickr30k and Open Images.
 
-A record names its image by an id (COCO: without leading zeros; Open Images: in hexadecimal; the others: by the
-file's stem). The layouts tried are those of the data sets' own archives, and
-one flat folder.
+A record names its image by an id (COCO: without leading zeros; Open Images: in hexadecimal; the others: by
+the stem of the file). The layouts tried are those of the data sets' own archives, and one flat folder.
 """
 
 from collections.abc import Iterator

@@ -17,11 +17,13 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+
 from data_loaders.sources.image_folders import DATASETS, find_image, image_size
 from data_loaders.sources.narrative_record import NarrativeRecord, parse_narrative
 from data_loaders.sources.offsets import LineIndex, line_index
 from data_loaders.sources.protocol import RecordSize, question_characters
-from data_loaders.sources.sidecar import decode_sidecar, sidecar_path
+from data_loaders.sources.sidecar import SUFFIX, decode_sidecar, sidecar_path
 from data_loaders.sources.tasks import tasks_of
 from tracevision_jax.errors import UserError
 from tracevision_jax.nearest import suggest
@@ -35,7 +37,8 @@ class NarrativeParts:
 
     id: str
     record: NarrativeRecord
-    image: Path
+    image: Path | None
+    """The image's file; None where its bytes came with the record."""
     regions: tuple[Region, ...]
     questions: tuple[Question, ...]
     sidecar: bytes
@@ -177,11 +180,17 @@ class LocalizedNarratives:
             BadRecord: the record or its image cannot be used.
         """
         parts = self.parts(index)
-        try:
-            pixels = read_image(parts.image)
-        except UserError as error:
-            raise BadRecord(str(error), str(parts.image), parts.id) from error
+        _, pixels = _image_of(parts)
         return sample_of(parts, pixels, self.name)
+
+    def image_file(self, parts: NarrativeParts) -> tuple[bytes, tuple[int, int]]:
+        """The bytes of a record's image, and its (height, width), after decoding it as a check.
+
+        Raises:
+            BadRecord: the image cannot be used.
+        """
+        encoded, pixels = _image_of(parts)
+        return encoded, pixels.shape[:2]
 
     def sizes(self, index: int) -> RecordSize:
         """Size of a record from its line and the header of its image.
@@ -201,6 +210,19 @@ class LocalizedNarratives:
                     state = path.stat()
                     text.append(f"{path.name} {state.st_size} {state.st_mtime_ns}")
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
+
+
+def _image_of(parts: NarrativeParts) -> tuple[bytes, np.ndarray]:
+    """Bytes and pixels of a record's image file."""
+    assert parts.image is not None
+    try:
+        encoded = parts.image.read_bytes()
+        return encoded, read_image(encoded)
+    except OSError as error:
+        reason = f"the picture cannot be read: {error.strerror}"
+        raise BadRecord(reason, str(parts.image), parts.id) from error
+    except UserError as error:
+        raise BadRecord(str(error), str(parts.image), parts.id) from error
 
 
 def sample_of(parts: NarrativeParts, pixels, source: str) -> Sample:
@@ -225,7 +247,7 @@ def _matching(pattern: str) -> list[Path]:
         UserError: there is none.
     """
     names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
-    found = [Path(name) for name in names if Path(name).is_file() and not name.endswith(".sidecar.jsonl")]
+    found = [Path(name) for name in names if Path(name).is_file() and not name.endswith(SUFFIX)]
     if not found:
         near = sorted(path.name for path in Path(pattern).parent.glob("*.jsonl"))
         listed = f" That folder has: {', '.join(near[:8])}." if near else ""

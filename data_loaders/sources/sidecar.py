@@ -28,10 +28,12 @@ from tracevision_jax.records.sample import (
     Turn,
 )
 
+SUFFIX = ".sidecar.jsonl"
+
 
 def sidecar_path(narratives: Path) -> Path:
     """The sidecar's place: beside `NAME.jsonl`, `NAME.sidecar.jsonl`."""
-    return narratives.with_name(f"{narratives.stem}.sidecar.jsonl")
+    return narratives.with_name(narratives.stem + SUFFIX)
 
 
 def encode_sidecar(image_id: str, regions: tuple[Region, ...], questions: tuple[Question, ...]) -> dict:
