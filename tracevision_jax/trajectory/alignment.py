@@ -158,7 +158,7 @@ def _impossible_times(index: int, word: TimedText) -> UserError:
 
 
 def _match(wanted: list[str], heard: list[str]) -> tuple[list[int | None], dict[int, tuple[int, int]]]:
-    """Where each wanted word was heard: its place or None, and the first and last place of inexact matches."""
+    """Where each wanted word was heard: its place or None; of inexact matches the first and last place."""
     if wanted == heard:
         return list(range(len(wanted))), {}
     if max(len(wanted), len(heard)) > MAX_WORDS:
