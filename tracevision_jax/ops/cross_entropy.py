@@ -1,6 +1,6 @@
 """Cross-entropy over a large vocabulary without all logits at one time: tokens go in chunks, logits are recomputed.
 
-Use: `loss_sum, correct_sum = token_cross_entropy(hidden, logits_of, targets, weights, chunk)`.
+Use: `loss_sum, correct_sum = token_cross_entropy(hidden, targets, weights, logits_of, chunk)`.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from jaxtyping import Array, Float, Int
 
 def token_cross_entropy(
     hidden: Float[Array, "B T width"],
-    logits_of: Callable[[Array], Array],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    logits_of: Callable[[Array], Array],
     chunk: int = 0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums over tokens of -log p(target), and of whether the target is the most likely token.
 
     Args:
         hidden: hidden states.
-        logits_of: (..., width) -> (..., vocabulary) in float32.
         targets: token ids.
         weights: weight of each token; 0 leaves it out.
+        logits_of: (..., width) -> (..., vocabulary) in float32.
         chunk: tokens of a row whose logits exist together, made again in the backward pass; 0 for all.
     """
 
@@ -47,3 +47,17 @@ def token_cross_entropy(
         lambda x: jax.checkpoint(sums)(*x), (fold(hidden), fold(targets), fold(weights))
     )
     return losses.sum(), correct.sum()
+
+
+def learned_first(
+    most: int, hidden: Float[Array, "B T width"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
+) -> tuple[Float[Array, "B most width"], Int[Array, "B most"], Float[Array, "B most"]]:
+    """Keep `most` tokens of each row, those with a weight first: logits of the others would be made for nothing.
+
+    The caller sees to it that no row has more than `most` tokens with a weight.
+    """
+    if most >= hidden.shape[1]:
+        return hidden, targets, weights
+    order = jnp.argsort(weights == 0, axis=1, stable=True)[:, :most]
+    kept = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    return kept, jnp.take_along_axis(targets, order, 1), jnp.take_along_axis(weights, order, 1)

@@ -9,13 +9,14 @@ the row. A trace that the user shows enters the TVP and the text; one that the a
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.language.mrope import mrope_positions
+from tracevision_jax.language.mrope import VisualSpan, mrope_positions
 from tracevision_jax.records.batch import Batch, Bucket
 from tracevision_jax.records.sample import (
     BoxPart,
@@ -29,7 +30,13 @@ from tracevision_jax.records.sample import (
 from tracevision_jax.records.vocabulary import SLOTS, CoordinateFormat, Vocabulary
 from tracevision_jax.trajectory.checks import check_trace
 from tracevision_jax.trajectory.tokens import format_digits
-from tracevision_jax.vision.preprocess import ImageLimits, PatchGeometry, prepare_frames
+from tracevision_jax.vision.preprocess import (
+    VisionInputConfig,
+    preprocess_image,
+    preprocess_video,
+    sample_frames,
+)
+from tracevision_jax.vision.windows import raster_units
 
 Simplifier = Callable[[np.ndarray, Sequence[TimedWord], str, tuple[int, int]], np.ndarray]
 """(points (n, 3), timed words, caption, (height, width)) -> keypoints (m, 3)."""
@@ -39,8 +46,7 @@ Simplifier = Callable[[np.ndarray, Sequence[TimedWord], str, tuple[int, int]], n
 class ProcessorConfig:
     """What a system needs to know of its host to lay out rows."""
 
-    geometry: PatchGeometry
-    limits: ImageLimits
+    vision: VisionInputConfig = VisionInputConfig()
     coordinates: CoordinateFormat = "bins"
     system_prompt: str = "You are a helpful assistant."
     """Empty: no system turn."""
@@ -50,6 +56,16 @@ class ProcessorConfig:
     """Side of the decoder's masks."""
     max_points: int = 64
     """Keypoints of one trajectory; longer ones are thinned evenly after simplification."""
+    slot_tokens: int = 0
+    """Tokens of a row that each conversation has to itself, so that attention may treat conversations as a batch axis
+    instead of masking the square of a row; worth its padding where no block-sparse kernel serves (CPU). 0 packs
+    tightly."""
+    learned_share: float = 1.0
+    """Largest share of a row's tokens that may be learned; the loss makes logits for no more than these."""
+
+    def learned_tokens(self, tokens: int) -> int:
+        """How many tokens of a row of this length may be learned."""
+        return min(tokens, math.ceil(tokens * self.learned_share))
 
 
 @dataclasses.dataclass
@@ -101,6 +117,22 @@ class Piece:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """A sample's pictures as the vision tower takes them."""
+
+    values: np.ndarray
+    """Patches (frames, windows, slots, patch_dim)."""
+    grid: np.ndarray
+    """(frames, 2) rows and columns of patches."""
+    times: np.ndarray
+    """(frames,) seconds."""
+    spans: list[VisualSpan]
+    """The stills or the video in the order of the prompt."""
+    sources: np.ndarray
+    """Which of the sample's frames each stands for (the first of a temporal patch)."""
+
+
 class Processor:
     """Lays out conversations as token rows; stateless but for its vocabulary and configuration."""
 
@@ -123,17 +155,36 @@ class Processor:
         Raises:
             UserError: an image or a trace that cannot be used.
         """
-        patches, grid, times = prepare_frames(
-            sample.frames, sample.frames_per_second, self.config.geometry, self.config.limits
+        frames = self.frames(sample)
+        encoded = [self.encode(c, sample, frames, answer) for c in conversations]
+        return Piece(encoded, frames.values, frames.grid, frames.times)
+
+    def frames(self, sample: Sample) -> "Frames":
+        """Patches of a sample's video, or of each of its stills.
+
+        Raises:
+            UserError: see `preprocess_image` and `preprocess_video`.
+        """
+        config = self.config.vision
+        if sample.frames_per_second > 0:
+            video = preprocess_video(sample.frames, sample.frames_per_second, config)
+            chosen = sample_frames(len(sample.frames), sample.frames_per_second, config)
+            span = VisualSpan(len(video.grid), *video.grid[0].tolist(), video.seconds_per_frame)
+            return Frames(video.values, video.grid, video.frame_times, [span], chosen[:: config.temporal_patch])
+        stills = [preprocess_image(frame, config) for frame in sample.frames]
+        return Frames(
+            np.concatenate([still.values for still in stills]),
+            np.concatenate([still.grid for still in stills]),
+            np.zeros(len(stills)),
+            [VisualSpan(1, *still.grid[0].tolist()) for still in stills],
+            np.arange(len(stills)),
         )
-        encoded = [self.encode(c, sample, grid, times, answer) for c in conversations]
-        return Piece(encoded, patches, grid, times)
 
     def encode(
-        self, conversation: Conversation, sample: Sample, grid: np.ndarray, times: np.ndarray, answer: bool = True
+        self, conversation: Conversation, sample: Sample, frames: "Frames", answer: bool = True
     ) -> EncodedConversation:
-        """Encode one conversation about frames of the given patch grids."""
-        writer = _Writer(self, sample, grid)
+        """Encode one conversation about the frames of a sample."""
+        writer = _Writer(self, sample, frames)
         turns = list(conversation.turns)
         if not answer and turns and turns[-1].role == "assistant":
             turns = turns[:-1]
@@ -148,25 +199,26 @@ class Processor:
             writer.role(turn.role)
             writer.learning = turn.role == "assistant"
             if turn.role == "user" and not shown:
-                writer.frames(video=sample.frames_per_second > 0)
+                writer.frames()
                 shown = True
             for part in turn.parts:
                 writer.part(part)
             writer.end()
         if not answer:
             writer.role("assistant")
-        seconds_per_frame = float(times[1] - times[0]) if len(times) > 1 else 0.0
-        visual = np.asarray(writer.visual, np.int64).reshape(-1, 2)
-        positions, following = mrope_positions(
-            visual[:, 0],
-            [(int(r), int(c)) for r, c in grid // self.config.geometry.merge],
-            seconds_per_frame * self.config.tokens_per_second if sample.frames_per_second > 0 else 0.0,
+        tokens = np.asarray(writer.tokens, np.int32)
+        positions, offset = mrope_positions(
+            tokens,
+            frames.spans,
+            [self.vocabulary.special("<|image_pad|>"), self.vocabulary.special("<|video_pad|>")],
+            self.config.vision.merge,
+            self.config.tokens_per_second,
         )
         return EncodedConversation(
             task=conversation.task,
-            tokens=np.asarray(writer.tokens, np.int32),
+            tokens=tokens,
             learn=np.asarray(writer.learn, np.float32),
-            visual=visual,
+            visual=np.asarray(writer.visual, np.int64).reshape(-1, 2),
             point=np.asarray(writer.point, np.int32),
             positions=positions,
             points=np.concatenate(writer.points) if writer.points else np.zeros((0, 3)),
@@ -174,7 +226,7 @@ class Processor:
             mask_frame=writer.mask_frame,
             mask_target=writer.mask_target,
             mask_slots=writer.mask_slots,
-            next_position=following,
+            next_position=len(tokens) + offset,
         )
 
     def keypoints(self, trace: TracePart, size: tuple[int, int]) -> np.ndarray:
@@ -190,8 +242,8 @@ class Processor:
 class _Writer:
     """Collects the tokens of one conversation and what hangs on them."""
 
-    def __init__(self, processor: Processor, sample: Sample, grid: np.ndarray):
-        self.processor, self.sample, self.grid = processor, sample, grid
+    def __init__(self, processor: Processor, sample: Sample, frames: Frames):
+        self.processor, self.sample, self.shown = processor, sample, frames
         self.vocabulary = processor.vocabulary
         self.tokens: list[int] = []
         self.learn: list[float] = []
@@ -227,16 +279,23 @@ class _Writer:
         self.special("<|im_end|>")
         self.add(self.newline, learn=False)
 
-    def frames(self, video: bool) -> None:
-        """The sample's visual tokens, frame after frame, each in raster order of its merged units."""
-        self.special("<|vision_start|>")
-        pad = self.vocabulary.special("<|video_pad|>" if video else "<|image_pad|>")
-        geometry = self.processor.config.geometry
-        for frame, (rows, cols) in enumerate(self.grid // geometry.merge):
-            units = unit_slots(int(rows), int(cols), geometry.window_units)
-            self.add([pad] * len(units), learn=False)
-            self.visual[-len(units) :] = [(frame, int(unit)) for unit in units]
-        self.special("<|vision_end|>")
+    def frames(self) -> None:
+        """The sample's visual tokens: each still or video between its markers, frames in raster order of units."""
+        config = self.processor.config.vision
+        pad = "<|video_pad|>" if self.sample.frames_per_second > 0 else "<|image_pad|>"
+        first = 0
+        for span in self.shown.spans:
+            self.special("<|vision_start|>")
+            row, col = np.divmod(
+                np.arange(span.tokens(config.merge) // span.frames), span.cols // config.merge
+            )
+            units = raster_units(row, col, span.cols, config.window_units, config.merge).tolist()
+            for frame in range(first, first + span.frames):
+                start = len(self.tokens)
+                self.add([self.vocabulary.special(pad)] * len(units), learn=False)
+                self.visual[start:] = [(frame, unit) for unit in units]
+            first += span.frames
+            self.special("<|vision_end|>")
 
     def part(self, part) -> None:
         """Append any part of a turn."""
@@ -283,25 +342,15 @@ class _Writer:
         self.add([self.vocabulary.seg])
         slots = np.arange(len(self.tokens), len(self.tokens) + SLOTS)
         self.add(self.vocabulary.slots, learn=False)
-        masks = np.asarray(part.mask)
-        step = self.processor.config.geometry.temporal_patch if self.sample.frames_per_second > 0 else 1
-        for frame in range(len(self.grid)):
+        for frame, source in enumerate(self.shown.sources):
             self.mask_frame.append(frame)
             self.mask_slots.append(slots)
-            source = masks[min(frame * step, len(masks) - 1)]
-            self.mask_target.append(shrink_mask(source, self.processor.config.mask_size))
+            self.mask_target.append(shrink_mask(part.mask[source], self.processor.config.mask_size))
 
 
 def _spread(tokens: int, points: int, first: int) -> list[int]:
     """Which point each text token of a written trajectory belongs to, by equal shares."""
     return (first + np.arange(tokens) * points // max(tokens, 1)).tolist()
-
-
-def unit_slots(rows: int, cols: int, window_units: int) -> np.ndarray:
-    """Places, in window order, of a frame's merged units taken in raster order."""
-    row, col = np.divmod(np.arange(rows * cols), cols)
-    window = (row // window_units) * -(-cols // window_units) + col // window_units
-    return window * window_units**2 + (row % window_units) * window_units + col % window_units
 
 
 def shrink_mask(mask: np.ndarray, size: int) -> np.ndarray:
@@ -326,7 +375,8 @@ def empty_batch(rows: int, bucket: Bucket, config: ProcessorConfig) -> Batch:
     """A batch of padding."""
     b, t, f, c = rows, bucket.tokens, bucket.frames, bucket.conversations
     p, k, m, w = bucket.points, bucket.masks, config.mask_size, bucket.windows
-    geometry = config.geometry
+    vision = config.vision
+    slots = vision.window_patches**2
     i32, f32 = np.int32, np.float32
     return Batch(
         tokens=np.zeros((b, t), i32),
@@ -336,7 +386,7 @@ def empty_batch(rows: int, bucket: Bucket, config: ProcessorConfig) -> Batch:
         target_weights=np.zeros((b, t), f32),
         visual_index=np.full((b, t), -1, i32),
         point_index=np.full((b, t), -1, i32),
-        patches=np.zeros((b, f, w, geometry.slots, geometry.patch_dim), f32),
+        patches=np.zeros((b, f, w, slots, vision.patch_dim), f32),
         grid=np.zeros((b, f, 2), i32),
         frame_times=np.zeros((b, f), f32),
         frame_owner=np.zeros((b, c, f), bool),
@@ -351,17 +401,19 @@ def empty_batch(rows: int, bucket: Bucket, config: ProcessorConfig) -> Batch:
 
 def _place(batch: Batch, row: int, pieces: Sequence[Piece], bucket: Bucket, config: ProcessorConfig) -> None:
     """Write the pieces of one row; the arrays are numpy here and filled in place."""
-    units = bucket.windows * config.geometry.window_units**2
+    units = bucket.windows * config.vision.window_units**2
+    room = config.slot_tokens
     token = frame = conversation = mask = group = 0
     for piece in pieces:
         frames = len(piece.grid)
-        _check_room(piece, bucket, token, frame, conversation, mask)
+        _check_room(piece, bucket, config, (token, frame, 0, conversation, 0, mask))
         span = slice(frame, frame + frames)
         batch.patches[row, span, : piece.patches.shape[1]] = piece.patches
         batch.grid[row, span] = piece.grid
         batch.frame_times[row, span] = piece.frame_times
         for encoded in piece.conversations:
             n = len(encoded.tokens)
+            token = conversation * room if room else token
             here = slice(token, token + n)
             batch.tokens[row, here] = encoded.tokens
             batch.segments[row, here] = conversation + 1
@@ -386,12 +438,20 @@ def _place(batch: Batch, row: int, pieces: Sequence[Piece], bucket: Bucket, conf
             token += n
             conversation += 1
         frame += frames
+    learned, most = int((batch.target_weights[row] > 0).sum()), config.learned_tokens(bucket.tokens)
+    if learned > most:
+        raise ValueError(f"a row has {learned} tokens to learn, its bucket takes {most} (learned_share)")
 
 
-def _check_room(piece: Piece, bucket: Bucket, token: int, frame: int, conversation: int, mask: int) -> None:
-    taken = (token, frame, 0, conversation, 0, mask)
-    for name, used, needed, room in zip(
-        (f.name for f in dataclasses.fields(Bucket)), taken, piece.resources, dataclasses.astuple(bucket), strict=True
-    ):
-        if used + needed > room:
-            raise ValueError(f"a row needs {used + needed} {name}, its bucket has {room} ({bucket})")
+def _check_room(piece: Piece, bucket: Bucket, config: ProcessorConfig, taken: tuple[int, ...]) -> None:
+    """Raise ValueError where a piece does not fit what is left of its bucket's row."""
+    needed = list(piece.resources)
+    longest = max((len(c.tokens) for c in piece.conversations), default=0)
+    if config.slot_tokens:
+        if longest > config.slot_tokens:
+            raise ValueError(f"a conversation has {longest} tokens, its slot of the row {config.slot_tokens}")
+        needed[0], taken = 0, (0, *taken[1:])
+    names = (field.name for field in dataclasses.fields(Bucket))
+    for name, used, more, room in zip(names, taken, needed, dataclasses.astuple(bucket), strict=True):
+        if used + more > room:
+            raise ValueError(f"a row needs {used + more} {name}, its bucket has {room} ({bucket})")

@@ -20,7 +20,6 @@ from tracevision_jax.records.sample import (
     Question,
     Region,
     Sample,
-    TimedWord,
     TracePart,
     Turn,
 )
@@ -122,51 +121,82 @@ def _plain_caption(sample: Sample, rng: Rng) -> Conversation:
 
 
 def _plain_boxes(sample: Sample, rng: Rng) -> Conversation:
-    region = _one_region(sample, rng, "box")
+    region = _one_region(sample, rng)
     before, after = choose(WHAT_BOX, rng)
     return conversation("plain_boxes", (before, BoxPart(region.box[0]), after), (region.phrase,))
 
 
 def _refer_box(sample: Sample, rng: Rng) -> Conversation:
-    region = _one_region(sample, rng, "box")
+    asked = _question(sample, rng, QUESTIONS_OF["refer_box"])
+    if asked is not None:
+        return Conversation("refer_box", asked.turns)
+    region = _one_region(sample, rng)
     return locate(region.phrase, region.box[0], rng)
 
 
 def _refer_segment(sample: Sample, rng: Rng) -> Conversation:
-    masked = [region for region in sample.regions if region.mask is not None]
-    count = 1 if rng is None or len(masked) < 2 else int(rng.integers(1, min(3, len(masked)) + 1))
+    asked = _question(sample, rng, QUESTIONS_OF["refer_segment"])
+    if asked is not None:
+        return Conversation("refer_segment", asked.turns)
+    masked = _masked(sample)
+    count = 1 if rng is None else int(rng.integers(1, min(3, len(masked)) + 1))
     order = range(len(masked)) if rng is None else rng.permutation(len(masked))
     return segment_phrases([masked[index] for index in list(order)[:count]], rng)
 
 
 def _trace_segment(sample: Sample, rng: Rng) -> Conversation:
-    return _question(sample, rng, ("trace_segment",))
+    asked = _question(sample, rng, QUESTIONS_OF["trace_segment"])
+    if asked is not None:
+        return Conversation("trace_segment", asked.turns)
+    return segment_trace(full_trace(sample), _masked(sample), rng)
 
 
 def _trace_qa(sample: Sample, rng: Rng) -> Conversation:
-    return _question(sample, rng, None)
+    return _needed_question(sample, rng, "trace_qa")
 
 
 def _dialogue(sample: Sample, rng: Rng) -> Conversation:
-    return _question(sample, rng, ("dialogue",))
+    return _needed_question(sample, rng, "dialogue")
 
 
-def _one_region(sample: Sample, rng: Rng, need: str) -> Region:
+def _one_region(sample: Sample, rng: Rng) -> Region:
     present = [region for region in sample.regions if np.isfinite(region.box[0]).all()]
     if not present:
-        raise ValueError(f"sample {sample.id} of {sample.source} has no region with a {need} in its first frame")
+        raise ValueError(f"sample {sample.id} of {sample.source} has no region with a box in its first frame")
     return choose(present, rng)
 
 
-def _question(sample: Sample, rng: Rng, kinds: Sequence[str] | None) -> Conversation:
-    other = ("dialogue", "trace_segment")
-    fitting: list[Question] = [
-        q for q in sample.questions if (q.kind in kinds if kinds else q.kind not in other)
-    ]
+def _masked(sample: Sample) -> list[Region]:
+    masked = [region for region in sample.regions if region.mask is not None]
+    if not masked:
+        raise ValueError(f"sample {sample.id} of {sample.source} has no region with a mask")
+    return masked
+
+
+QUESTIONS_OF: dict[str, frozenset[str]] = {
+    "refer_box": frozenset({"box", "trace_box"}),
+    "refer_segment": frozenset({"segment"}),
+    "trace_segment": frozenset({"trace_segment"}),
+    "dialogue": frozenset({"dialogue"}),
+}
+"""Which kinds of a sample's own questions serve a task; all other kinds serve trace_qa."""
+
+
+def task_of_question(kind: str) -> str:
+    """The task that a kind of question belongs to."""
+    return next((task for task, kinds in QUESTIONS_OF.items() if kind in kinds), "trace_qa")
+
+
+def _question(sample: Sample, rng: Rng, kinds: frozenset[str]) -> Question | None:
+    fitting = [question for question in sample.questions if question.kind in kinds]
+    return choose(fitting, rng) if fitting else None
+
+
+def _needed_question(sample: Sample, rng: Rng, task: str) -> Conversation:
+    fitting = [question for question in sample.questions if task_of_question(question.kind) == task]
     if not fitting:
-        raise ValueError(f"sample {sample.id} of {sample.source} has no question of kind {kinds or 'qa'}")
-    question = choose(fitting, rng)
-    return Conversation("dialogue" if kinds == ("dialogue",) else (kinds or ("trace_qa",))[0], question.turns)
+        raise ValueError(f"sample {sample.id} of {sample.source} has no question for it")
+    return Conversation(task, choose(fitting, rng).turns)
 
 
 TASKS: dict[str, Callable[[Sample, Rng], Conversation]] = {
@@ -198,7 +228,29 @@ def build(sample: Sample, task: str, rng: Rng = None) -> Conversation:
         raise UserError(f"Task '{task}' does not fit: {error}.") from error
 
 
-def spoken_words(caption: str, seconds_per_word: float = 0.4) -> tuple[TimedWord, ...]:
-    """Evenly timed words, for a caption that was never spoken."""
-    words = caption.split()
-    return tuple(TimedWord(w, i * seconds_per_word, (i + 1) * seconds_per_word) for i, w in enumerate(words))
+def build_all(sample: Sample, tasks: Sequence[str], rng: Rng = None) -> list[Conversation]:
+    """Build one conversation for each of `tasks`; no question of the sample is asked twice while others are left.
+
+    Raises:
+        UserError: see `build`.
+    """
+    left = list(sample.questions)
+    conversations = []
+    for task in tasks:
+        fresh = [question for question in left if task_of_question(question.kind) == task]
+        if fresh:
+            question = choose(fresh, rng)
+            left = [other for other in left if other is not question]
+            conversations.append(Conversation(task, question.turns))
+        else:
+            conversations.append(build(sample, task, rng))
+    return conversations
+
+
+def join(conversations: Sequence[Conversation]) -> Conversation:
+    """One multi-turn dialogue of conversations about the same sample, which it then shows only once.
+
+    Training on joined questions costs the visual tokens once instead of once a question.
+    """
+    task = conversations[0].task if len(conversations) == 1 else "dialogue"
+    return Conversation(task, tuple(turn for part in conversations for turn in part.turns))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tracevision_jax.layers.norms import RMSNorm
+from tracevision_jax.layers.basic import RMSNorm
 from tracevision_jax.trajectory.fourier import bin_centres, line_features, plane_features
 
 Direction = Literal["both", "trace_to_vision", "vision_to_trace", "none"]
@@ -118,7 +118,7 @@ class TVPBlock(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def norm(name):
-            return RMSNorm(name=name, **kinds)
+            return RMSNorm(1e-6, name=name, **kinds)
 
         def cross(name, identity):
             return CrossAttention(config.heads, config.position_gain, identity, name=name, **kinds)
@@ -201,7 +201,7 @@ class TVP(nn.Module):
                 flat, traced, places(visual_xy).reshape(rows, frames * units, -1), places(points[..., :2]), mask, bias
             )
             maps.append(block_maps)
-        tokens = RMSNorm(name="out_norm", dtype=self.dtype, param_dtype=self.param_dtype)(traced)
+        tokens = RMSNorm(1e-6, self.dtype, self.param_dtype, name="out_norm")(traced)
         scale = self.param("out_scale", nn.initializers.constant(0.02), (width,), self.param_dtype)
         tokens = jnp.where(real[..., None], tokens * scale.astype(self.dtype), 0)
         return flat.reshape(visual.shape), tokens, maps

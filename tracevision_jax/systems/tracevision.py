@@ -1,0 +1,305 @@
+"""TraceVision (Sec. 3): Qwen2.5-VL, the TVP between its tower and its language model, and the light pixel decoder.
+
+`TraceVisionModel` is the network; `TraceVision` is what the training loop and the sweep see (`protocol.py`). The
+parameter tree is {host: {vision, language}, tvp, decoder}. The loss is Eq. 12: text + 1.0 refinement + 2.0 Dice.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.hosts.qwen25vl import Qwen25VL, Qwen25VLConfig, place_features
+from tracevision_jax.layers.sharding import constrain
+from tracevision_jax.nearest import suggest
+from tracevision_jax.ops.cross_entropy import learned_first, token_cross_entropy
+from tracevision_jax.records.batch import Batch, Bucket
+from tracevision_jax.records.processor import ProcessorConfig, empty_batch
+from tracevision_jax.records.vocabulary import BINS, SLOTS
+from tracevision_jax.segmentation.losses import dice_per_mask, refinement_per_mask
+from tracevision_jax.segmentation.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from tracevision_jax.systems.protocol import Params, Scalars, State
+from tracevision_jax.trajectory.fourier import bin_centres, line_features
+from tracevision_jax.trajectory.tvp import TVP, TVPConfig, frame_time_windows
+from tracevision_jax.vision.preprocess import VisionInputConfig
+from tracevision_jax.vision.raster import features_on_square, unit_centres
+
+COEFFICIENTS = {"text": 1.0, "refinement": 1.0, "dice": 2.0}
+"""lambda of Eq. 12, as Sec. F.4 sets them."""
+
+STAGES: dict[str, str] = {
+    "stage0": r"host/.*",
+    "stage1": r"tvp/.*|host/language/added/.*",
+    "stage1_5": r".*",
+    "stage2": r"host/language/.*",
+    "stage2_joint": r"host/language/.*|tvp/.*|decoder/.*",
+}
+"""What each stage trains, as a pattern of parameter paths: Sec. 4.1; `stage2_joint` is App. B's wording. Stage 0
+pretrains a host that was drawn at random; a released host starts at stage 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceVisionConfig:
+    """Everything that the parameters' shapes and the processor's rows depend on."""
+
+    host: Qwen25VLConfig
+    tvp: TVPConfig
+    decoder: PixelDecoderConfig
+    processor: ProcessorConfig
+    feature_groups: tuple[int, int] = (2, 4)
+    """After which groups of the tower the decoder reads: (shallow, deep)."""
+    logit_chunk: int = 1024
+    """Tokens whose logits exist at one time in the loss; 0 makes them all at once."""
+
+    def __post_init__(self):
+        host, decoder = self.host, self.decoder
+        if self.tvp.width != host.language.width or decoder.text_width != host.language.width:
+            raise UserError(
+                f"The TVP has width {self.tvp.width} and the decoder takes E_seg of width {decoder.text_width}; both "
+                f"must be the language model's width {host.language.width}."
+            )
+        if decoder.visual_width != host.vision.width:
+            raise UserError(
+                f"The pixel decoder takes features of width {decoder.visual_width}, the tower has {host.vision.width}."
+            )
+        if decoder.mask_size != self.processor.mask_size:
+            raise UserError(
+                f"The processor makes masks of side {self.processor.mask_size}, the decoder {decoder.mask_size}."
+            )
+
+
+def tracevision_config(
+    host: Qwen25VLConfig, first_added: int, decoder: PixelDecoderConfig | None = None, **changes: Any
+) -> TraceVisionConfig:
+    """The configuration that follows from a host: widths, added tokens and picture geometry filled in.
+
+    Args:
+        host: the released or toy host, without added tokens.
+        first_added: number of ids of the host's tokenizer, where added tokens begin.
+        decoder: sizes of the pixel decoder, widths filled in here.
+        changes: other fields of `TraceVisionConfig`; `tvp` and `processor` may be dictionaries of their fields.
+    """
+    processor = dict(changes.pop("processor", {}))
+    coordinates = processor.get("coordinates", "bins")
+    added = 3 + SLOTS + (BINS if coordinates == "bins" else 0)
+    language = dataclasses.replace(host.language, added_tokens=added, first_added=first_added)
+    vision = host.vision
+    decoder = dataclasses.replace(
+        decoder or PixelDecoderConfig(), visual_width=vision.width, text_width=language.width
+    )
+    geometry = {
+        "patch": vision.patch,
+        "merge": vision.merge,
+        "temporal_patch": vision.temporal_patch,
+        "window_units": vision.window_units,
+    }
+    inputs = dataclasses.replace(processor.pop("vision", VisionInputConfig()), **geometry)
+    tvp = {"width": language.width, "heads": language.heads, "mlp_width": language.width} | dict(
+        changes.pop("tvp", {})
+    )
+    return TraceVisionConfig(
+        host=dataclasses.replace(host, language=language),
+        tvp=TVPConfig(**tvp),
+        decoder=decoder,
+        processor=ProcessorConfig(
+            vision=inputs,
+            mask_size=decoder.mask_size,
+            tokens_per_second=host.tokens_per_second,
+            **processor,
+        ),
+        **{"feature_groups": (max(vision.groups // 2, 1), vision.groups)} | changes,
+    )
+
+
+class Context(NamedTuple):
+    """What the language model is given, and what the decoder will need."""
+
+    embeddings: Float[Array, "B T width"]
+    shallow: Float[Array, "B F places visual"]
+    deep: Float[Array, "B F places visual"]
+    maps: list[dict[str, Array]]
+    """Attention maps of the TVP's blocks, over rows of (B * C)."""
+
+
+class TraceVisionModel(nn.Module):
+    """The network."""
+
+    config: TraceVisionConfig
+
+    def setup(self):
+        config = self.config
+        dtype, param_dtype = jnp.dtype(config.host.language.dtype), jnp.dtype(config.host.language.param_dtype)
+        self.host = Qwen25VL(config.host)
+        self.tvp = TVP(config.tvp, dtype, param_dtype)
+        self.decoder = PixelDecoder(config.decoder, dtype, param_dtype)
+
+    def context(self, batch: Batch) -> Context:
+        """Encode the frames, fuse each conversation's trajectories with them, and write all into the tokens."""
+        config = self.config
+        vision = config.host.vision
+        units, (shallow, deep) = self.host.encode_vision(batch.patches, batch.grid, config.feature_groups)
+        rows, frames, count, width = units.shape
+        conversations, points = batch.point_trace.shape[1:]
+        xy, inside = unit_centres(batch.grid, batch.patches.shape[2], vision.window_units, vision.merge)
+
+        def per_conversation(x):
+            spread = jnp.broadcast_to(x[:, None], (rows, conversations, *x.shape[1:]))
+            return spread.reshape(rows * conversations, *x.shape[1:])
+
+        embeddings = self.host.embed(batch.tokens)
+        if not points:  # a bucket without trajectories: each conversation's visual features are the image's own
+            visual = per_conversation(units).reshape(rows, conversations * frames * count, width)
+            return Context(place_features(embeddings, visual, batch.visual_index), shallow, deep, [])
+        owner = batch.frame_owner.reshape(rows * conversations, frames)
+        fused, point_features, maps = self.tvp(
+            per_conversation(units),
+            per_conversation(xy),
+            per_conversation(inside) & owner[..., None],
+            frame_time_windows(per_conversation(batch.frame_times), owner),
+            batch.points.reshape(rows * conversations, points, 3),
+            batch.point_trace.reshape(rows * conversations, points),
+        )
+        visual = fused.reshape(rows, conversations * frames * count, width)
+        embeddings = place_features(embeddings, visual, batch.visual_index)
+        traced = point_features.reshape(rows, conversations * points, width)
+        added = place_features(jnp.zeros_like(embeddings), traced, batch.point_index)
+        return Context(embeddings + added, shallow, deep, maps)
+
+    def hidden(self, batch: Batch, context: Context) -> Float[Array, "B T width"]:
+        """Hidden states of every token after the final norm."""
+        slot = self.config.processor.slot_tokens
+
+        def by_conversation(x):
+            return x.reshape(-1, slot, *x.shape[2:]) if slot else x
+
+        hidden, _ = self.host.run(*map(by_conversation, (context.embeddings, batch.positions, batch.segments)))
+        return hidden.reshape(context.embeddings.shape)
+
+    def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocabulary"]:
+        """Logits over base and added tokens, float32."""
+        return self.host.logits(hidden)
+
+    def masks(
+        self,
+        shallow: Float[Array, "B F places visual"],
+        deep: Float[Array, "B F places visual"],
+        grid: Int[Array, "B F 2"],
+        seg: Float[Array, "B K slots width"],
+        frame: Int[Array, "B K"],
+    ) -> Float[Array, "B K size size"]:
+        """Mask logits of E_seg on the frames that they name (Eq. 5 and 16)."""
+        config, vision = self.config.decoder, self.config.host.vision
+        rows, count = frame.shape
+        levels = []
+        for features, side in ((deep, config.grid), (shallow, 2 * config.grid)):
+            square = features_on_square(features, grid, side, vision.window_units, vision.merge)
+            chosen = jnp.take_along_axis(square, frame[:, :, None, None, None], axis=1)
+            levels.append(chosen.reshape(rows * count, side, side, -1))
+        logits = self.decoder(levels[0], levels[1], seg.reshape(rows * count, *seg.shape[2:]))
+        return logits.reshape(rows, count, *logits.shape[1:])
+
+    def __call__(self, batch: Batch) -> tuple[Array, Array]:
+        """Hidden states and mask logits of a training batch; touches every parameter but the head's use."""
+        context = self.context(batch)
+        hidden = self.hidden(batch, context)
+        if not batch.mask_slots.shape[1]:
+            return hidden, jnp.zeros(batch.masks.shape, jnp.float32)
+        slots = jnp.take_along_axis(hidden, batch.mask_slots.reshape(hidden.shape[0], -1)[..., None], axis=1)
+        seg = slots.reshape(*batch.mask_slots.shape, -1)
+        masks = self.masks(context.shallow, context.deep, batch.grid, seg, batch.mask_frame)
+        return hidden, constrain(masks, "batch", None, None, None)
+
+    def initialise(self, batch: Batch) -> Array:
+        """Run every module once, to draw all parameters."""
+        hidden, masks = self(batch)
+        return self.logits(hidden).sum() + masks.sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceVision:
+    """The system, see `protocol.py`."""
+
+    config: TraceVisionConfig
+
+    @property
+    def model(self) -> TraceVisionModel:
+        """The network's module."""
+        return TraceVisionModel(self.config)
+
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """lambda of Eq. 12; the token accuracy is only reported."""
+        return COEFFICIENTS
+
+    def init(self, rng: jax.Array) -> Params:
+        """Draw all parameters; coordinate bins start from Fourier features of their place."""
+        slot = self.config.processor.slot_tokens or 8
+        bucket = Bucket(tokens=slot, frames=1, windows=1, conversations=1, points=1, masks=1)
+        batch = jax.tree.map(jnp.asarray, empty_batch(1, bucket, self.config.processor))
+        params = self.model.init(rng, batch, method="initialise")["params"]
+        return self.place_bins(params)
+
+    def place_bins(self, params: Params) -> Params:
+        """Set the bins' embedding and head rows to Fourier features at the norm of the host's own rows."""
+        if self.config.processor.coordinates != "bins":
+            return params
+        language = params["host"]["language"]
+        embedding = language["embed"]["embedding"]
+        head = embedding if self.config.host.language.tied else language["head"]["kernel"].T
+        added = dict(language["added"])
+        for name, base in (("embedding", embedding), ("head", head)):
+            norm = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(base.astype(jnp.float32)), -1)))
+            places = norm * line_features(bin_centres(BINS), self.config.host.language.width)
+            added[name] = added[name].at[3 + SLOTS :].set(places.astype(added[name].dtype))
+        host = params["host"] | {"language": language | {"added": added}}
+        return params | {"host": host}
+
+    def init_state(self) -> State:
+        """Nothing lives between steps."""
+        return ()
+
+    def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array) -> tuple[Scalars, Scalars, State]:
+        """Eq. 12 to 15 as sums and weights: "text" over learned tokens, "refinement" and "dice" over masks."""
+        del rng
+
+        variables = {"params": params}
+        hidden, masks = self.model.apply(variables, batch)
+        text, correct = token_cross_entropy(
+            *learned_first(
+                self.config.processor.learned_tokens(hidden.shape[1]), hidden, batch.targets, batch.target_weights
+            ),
+            lambda rows: self.model.apply(variables, rows, method="logits"),
+            self.config.logit_chunk,
+        )
+        real = (batch.mask_group > 0).astype(jnp.float32)
+        sums = {
+            "text": text,
+            "refinement": (real * refinement_per_mask(masks, batch.masks, batch.mask_group)).sum(),
+            "dice": (real * dice_per_mask(masks, batch.masks)).sum(),
+            "accuracy": correct,
+        }
+        tokens, targets = batch.target_weights.sum(), real.sum()
+        weights = {"text": tokens, "refinement": targets, "dice": targets, "accuracy": tokens}
+        return sums, weights, state
+
+    def trainable(self, stage: str) -> Callable[[str], bool]:
+        """Tell from a parameter's path whether a stage of `STAGES` trains it.
+
+        Raises:
+            UserError: no such stage.
+        """
+        if stage not in STAGES:
+            raise UserError(f"No stage '{stage}'.{suggest(stage, STAGES)} Stages: {', '.join(STAGES)}.")
+        pattern = re.compile(STAGES[stage])
+        return lambda path: pattern.fullmatch(path) is not None
+
+    def batch_spec(self, bucket: Bucket, rows: int) -> Batch:
+        """Shapes and dtypes of a batch."""
+        batch = empty_batch(1, bucket, self.config.processor)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
