@@ -6,20 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from tests.training.tiny import TinySystem, random_batch
+from tests.training.tiny import Deterministic, TinySystem, random_batch
 from tracevision_jax.errors import UserError
 from tracevision_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from tracevision_jax.training.parameters import flatten, merge, split
 from tracevision_jax.training.step import create_state, fold_rows, make_train_step, total_loss
 
 SYSTEM, DEFAULT = TinySystem(), OptimizerConfig()
-
-
-class Deterministic(TinySystem):
-    """The tiny system without its dropout, whose masks differ between microbatches."""
-
-    def loss(self, params, state, batch, rng):
-        return super().loss(params, state, batch, jax.random.key(3))
 
 
 def start(stage="all", config=DEFAULT, system=SYSTEM, accumulation=1, steps=100):

@@ -91,6 +91,13 @@ class TinySystem:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty_batch(bucket, rows))
 
 
+class Deterministic(TinySystem):
+    """The tiny system without its dropout, whose masks differ between microbatches."""
+
+    def loss(self, params, state, batch, rng):
+        return super().loss(params, state, batch, jax.random.key(3))
+
+
 def empty_batch(bucket: Bucket, rows: int) -> Batch:
     """A batch of padding."""
     b, t, f, c = rows, bucket.tokens, bucket.frames, bucket.conversations

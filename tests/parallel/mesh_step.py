@@ -1,0 +1,79 @@
+"""Run in a process of eight virtual devices: one step of a system on one device and on meshes of eight.
+
+Prints one JSON line: for every mesh the loss, the gradient's relative distance (Frobenius) to one device's,
+and the share of the parameters that a device holds.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import optax
+
+from tests.training.tiny import Deterministic, random_batch
+from tracevision_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from tracevision_jax.parallel.rules import PARAMETERS, parameter_shardings
+from tracevision_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from tracevision_jax.training.parameters import split
+from tracevision_jax.training.step import create_state, make_train_step, state_shardings
+
+CONFIG = OptimizerConfig(clip_norm=0.0)
+
+
+def one_step(system, stage, batch, mesh, accumulation=1):
+    """Loss, gradient (from Adam's first moment) and the share of the parameters on one device."""
+    optimizer = make_optimizer(CONFIG, 10)
+    params = jax.jit(system.init)(jax.random.key(0))
+    places = parameter_shardings(params, mesh, PARAMETERS)
+    trained, frozen_places = split(places, system.trainable(stage))
+    state, frozen = create_state(system, params, optimizer, stage, seed=0)
+    layout = state_shardings(state, optimizer, trained, mesh)
+    state, frozen = jax.device_put((state, frozen), (layout, frozen_places))
+    step = make_train_step(
+        system,
+        optimizer,
+        learning_rate_schedule(CONFIG, 10),
+        accumulation=accumulation,
+        mesh=mesh,
+        state_shardings=layout,
+    )
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, frozen, jax.device_put(batch, batch_sharding(mesh)))
+    moment = next(part.mu for part in state.optimizer if isinstance(part, optax.ScaleByAdamState))
+    leaves = jax.tree.leaves((state.trained, frozen))
+    here = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+    return float(metrics["loss"]), jax.device_get(moment), here / sum(leaf.size for leaf in leaves)
+
+
+def distance(ours, theirs):
+    """Relative Frobenius distance of two trees."""
+    a, b = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (ours, theirs))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def main(name: str, meshes: list[dict[str, int]]) -> None:
+    """Compare the meshes with one device."""
+    if name == "tiny":
+        system, stage, batch = Deterministic(), "all", random_batch(16)
+    else:
+        from tests.parallel.small_tracevision import small_batch, small_system
+
+        system, stage, batch = small_system(), "stage1_5", small_batch(8)
+    with jax.default_matmul_precision("highest"):
+        loss, gradient, _ = one_step(system, stage, batch, make_mesh(MeshConfig(), jax.devices()[:1]))
+        found = {}
+        for sizes in meshes:
+            accumulation = sizes.pop("accumulation", 1)
+            mesh = make_mesh(MeshConfig(**sizes))
+            other_loss, other_gradient, share = one_step(system, stage, batch, mesh, accumulation)
+            found[json.dumps(sizes)] = {
+                "loss": other_loss,
+                "gradient": distance(other_gradient, gradient),
+                "share": share,
+            }
+    print(json.dumps({"loss": loss, "meshes": found}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
