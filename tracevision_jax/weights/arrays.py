@@ -1,18 +1,22 @@
 """Between host memory and (sharded) device arrays, block by block.
 
-`ArrayBuilder` fills a device array from blocks, so that the host never holds more than one: the array is made
-on the devices and each block is written into it in place (the old array is donated to the update). `fetch`
-brings one block back. Every process of a multi-host run calls both in the same order.
+`ArrayBuilder` fills a device array from blocks, so that the host never holds more than one (of large arrays):
+the array is made on the devices and each block is written into it in place (the old array is donated to the
+update). `fetch` brings one block back. Every process of a multi-host run calls both in the same order.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+SMALL_BYTES = 2**22
+"""Up to this size an array goes to and from the devices as a whole: scales, biases, all of a tiny model."""
 
 ShardingOf = Callable[[str, tuple[int, ...]], Sharding]
 """(path, shape) of a parameter -> where it goes."""
@@ -29,9 +33,15 @@ class ArrayBuilder:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding):
         self.shape, self.dtype, self.sharding = shape, np.dtype(dtype), sharding
         self._array: jax.Array | None = None
+        small = math.prod(shape) * self.dtype.itemsize <= SMALL_BYTES
+        self._small = np.zeros(shape, self.dtype) if small else None
 
     def write(self, start: tuple[int, ...], block: np.ndarray) -> None:
-        """Write a block with its first corner at `start`; returns when it is on the devices."""
+        """Write a block with its first corner at `start`; returns when the block's memory is free again."""
+        if self._small is not None:
+            place = tuple(slice(begin, begin + size) for begin, size in zip(start, block.shape, strict=True))
+            self._small[place] = block
+            return
         if block.shape == self.shape:
             self._array = _place(block, self.dtype, self.sharding)
         else:
@@ -43,13 +53,18 @@ class ArrayBuilder:
         self._array.block_until_ready()
 
     def finish(self) -> jax.Array:
-        """The filled array."""
-        assert self._array is not None, "no block was written"
+        """The filled array; the builder is of no use afterwards."""
+        if self._small is not None:
+            self._array, self._small = _place(self._small, self.dtype, self.sharding), None
+        if self._array is None:
+            raise ValueError("no block was written")
         return self._array
 
 
 def fetch(array: jax.Array | np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
     """Bring a block of a parameter to every host."""
+    if isinstance(array, jax.Array) and array.is_fully_addressable and array.nbytes <= SMALL_BYTES:
+        array = np.asarray(array)  # jax keeps this copy, so that it is made once
     if isinstance(array, np.ndarray):
         return array[tuple(slice(begin, begin + length) for begin, length in zip(start, shape, strict=True))]
     block = _cut(shape, _replicated(array.sharding))(array, np.asarray(start, np.int32))
@@ -97,6 +112,7 @@ def _cut(shape: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array, np.
     )
 
 
+@runtime_checkable
 class Leaf(Protocol):
     """A parameter of which blocks can be read: on devices, in a file, or derived from another."""
 

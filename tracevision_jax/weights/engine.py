@@ -55,7 +55,7 @@ class Rule:
     flax_part: Part | None = None
     """Which part of the parameter is meant; its axis stands alone in the pattern."""
     unused_rest: bool = False
-    """The rest of the parameter is read by nobody; it is filled with zeros."""
+    """What no rule covers of the parameter is read by nobody; it is filled with zeros."""
 
 
 @dataclass(frozen=True)
@@ -272,17 +272,19 @@ def _leading_shape(moves: Sequence[Move]) -> Shape:
     return tuple(max(places) + 1 for places in zip(*(_leading(move) for move in moves), strict=True))
 
 
-def _check_stretches(what: str, parts: list[Part | None], may_end_early: bool = False) -> None:
-    """Parts of one thing must follow each other along one axis without gap or overlap."""
+def _check_stretches(what: str, parts: list[Part | None], unused_rest: bool = False) -> None:
+    """Parts of one thing must follow each other along one axis, not overlap and (else) leave no gap."""
     if len(parts) == 1 and parts[0] is None:
         return
     stretches = sorted((part.axis, part.start, part.stop, part.total) for part in parts if part)
-    ends = [0, *(stop for _, _, stop, _ in stretches)]
+    starts = [start for _, start, _, _ in stretches] + [stretches[-1][3]] if stretches else []
+    ends = [0] + [stop for _, _, stop, _ in stretches]
     complete = (
         len(stretches) == len(parts)
         and len({(axis, total) for axis, _, _, total in stretches}) == 1
-        and all(start == end for (_, start, _, _), end in zip(stretches, ends, strict=False))
-        and (may_end_early or ends[-1] == stretches[0][3])
+        and all(
+            start >= end if unused_rest else start == end for start, end in zip(starts, ends, strict=True)
+        )
     )
     if not complete:
         raise ValueError(f"the rules for {what} repeat or leave out part of it: {parts}")

@@ -261,10 +261,10 @@ def exported(params: Mapping[str, Any], family: Family, config: Config) -> tuple
         UserError: the parameters are not those of the configuration.
     """
     leaves: Leaves = {path: ArrayLeaf(leaf) for path, leaf in flatten(params).items()}
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    family.table(config).check_parameters(shapes, "the parameter tree")
     leaves, config = family.for_export(leaves, config)
-    return leaves, config, family.table(config)
+    table = family.table(config)
+    table.check_parameters({path: leaf.shape for path, leaf in leaves.items()}, "the parameter tree")
+    return leaves, config, table
 
 
 def to_torch_names(

@@ -39,8 +39,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def table(config: Qwen25VLConfig) -> Table:
-    """All tensors of a Qwen2.5-VL of these sizes."""
+    """All tensors of a Qwen2.5-VL of these sizes.
+
+    Raises:
+        ValueError: tied embeddings with added tokens, which PyTorch cannot hold, see `for_export`.
+    """
     vision, language = config.vision, config.language
+    if language.tied and language.added_tokens:
+        raise ValueError("tied embeddings with added tokens have no counterpart in PyTorch")
     sizes = {
         "channels": vision.channels,
         "time": vision.temporal_patch,
@@ -61,7 +67,7 @@ def table(config: Qwen25VLConfig) -> Table:
         "vocabulary": language.vocab_size,
     }
     rules = [*_vision_rules(vision), *_language_rules(language), *_vocabulary_rules(language)]
-    same = {HEAD: EMBEDDING} if language.tied and not language.added_tokens else {}
+    same = {HEAD: EMBEDDING} if language.tied else {}
     return Table(rules, sizes, same)
 
 
@@ -136,7 +142,7 @@ def _language_rules(config: LanguageConfig) -> Iterator[Rule]:
 
 
 def _vocabulary_rules(config: LanguageConfig) -> Iterator[Rule]:
-    """Embedding and head: base rows up to `first_added`, then the added ones (later base rows are unused)."""
+    """Embedding and head; in PyTorch rows of added tokens take the place of base rows, which are unused."""
     embedding = (EMBEDDING, "language/embed/embedding", "vocabulary width -> vocabulary width")
     head = (HEAD, "language/head/kernel", "vocabulary width -> width vocabulary")
     if not config.added_tokens:
@@ -144,19 +150,22 @@ def _vocabulary_rules(config: LanguageConfig) -> Iterator[Rule]:
         if not config.tied:
             yield Rule(*head)
         return
-    first, total = config.first_added, config.output_size
-    base = {
-        "torch_part": Part("vocabulary", 0, first, total),
-        "flax_part": Part("vocabulary", 0, first, config.vocab_size),
-        "unused_rest": True,
-    }
-    added = Part("vocabulary", first, total, total)
-    rows = "vocabulary width -> vocabulary width"
-    yield Rule(*embedding, **base)
-    yield Rule(EMBEDDING, "language/added/embedding", rows, torch_part=added)
-    if not config.tied:
-        yield Rule(*head, **base)
-        yield Rule(HEAD, "language/added/head", rows, torch_part=added)
+    first, last = config.first_added, config.output_size
+    merged, base = config.merged_vocab_size, config.vocab_size
+    added = Part("vocabulary", first, last, merged)
+    for torch, flax, pattern in (embedding, head):
+        for start, stop in ((0, first), (last, base)):
+            if start < stop:
+                yield Rule(
+                    torch,
+                    flax,
+                    pattern,
+                    torch_part=Part("vocabulary", start, stop, merged),
+                    flax_part=Part("vocabulary", start, stop, base),
+                    unused_rest=True,
+                )
+        rows = "language/added/embedding" if torch == EMBEDDING else "language/added/head"
+        yield Rule(torch, rows, "vocabulary width -> vocabulary width", torch_part=added)
 
 
 def canonical_name(name: str) -> str:
@@ -169,11 +178,11 @@ def for_export(
     leaves: Mapping[str, Leaf], config: Qwen25VLConfig
 ) -> tuple[Mapping[str, Leaf], Qwen25VLConfig]:
     """The parameters as `transformers` can hold them: tied embeddings with added tokens become untied."""
-    if not (config.language.tied and config.language.added_tokens):
+    embedding = leaves.get("language/embed/embedding")
+    if not (config.language.tied and config.language.added_tokens) or embedding is None:
         return leaves, config
-    head = TransposedLeaf(leaves["language/embed/embedding"])
     untied = replace(config, language=replace(config.language, tied=False))
-    return {**leaves, "language/head/kernel": head}, untied
+    return {**leaves, "language/head/kernel": TransposedLeaf(embedding)}, untied
 
 
 def with_dtype(config: Qwen25VLConfig, dtype: str) -> Qwen25VLConfig:

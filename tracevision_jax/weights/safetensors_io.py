@@ -94,8 +94,8 @@ class SafetensorsSource:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
             _read_into(file, array)
-        inner = (slice(begin, begin + length) for begin, length in zip(start, shape, strict=True))
-        return array[(slice(None),) * min(cut + 1, len(shape)) + tuple(inner)[cut + 1 :]]
+        inner = [slice(begin, begin + length) for begin, length in zip(start, shape, strict=True)]
+        return array[(*[slice(None)] * min(cut + 1, len(shape)), *inner[cut + 1 :], ...)]
 
 
 def find_safetensors(directory: Path) -> list[Path]:

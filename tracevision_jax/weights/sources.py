@@ -7,7 +7,7 @@ imported only for its own files and tensors; those are unpickled with `weights_o
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +30,7 @@ class TensorInfo:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Tensors by name, read one at a time."""
 
