@@ -7,6 +7,7 @@ brings the picture to a size at which lines and text are readable, the others le
     draw_trace(overlay_masks(image, masks, ["the dog"]), points).save("dog.png")
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ def shown(image: Picture) -> Image.Image:
     )
 
 
+@functools.lru_cache(maxsize=32)
 def text_font(size_px: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font, the same on every machine."""
     return ImageFont.load_default(size_px)
@@ -103,13 +105,30 @@ def draw_trace(image: Picture, points: Any, bar: bool = True) -> Image.Image:
         return picture
     timed = np.shape(points)[-1] == 3
     points = check_trace(points)
+    duration = points[-1, 2] - points[0, 2]
+    _, places, colours = timed_line(points)
+    picture = draw_path(picture, places, colours)
+    return _time_bar(picture, float(duration)) if bar and timed and duration > 0 else picture
+
+
+def timed_line(
+    points: Float[np.ndarray, "points 3"],
+) -> tuple[Float[np.ndarray, "places"], Float[np.ndarray, "places 2"], list[Colour]]:
+    """A checked trace as times, places and colours of time, with places between its own where those lie far
+    apart in time, so that the colour changes along long stretches too.
+    """
     if len(points) > _MOST_SEGMENTS:
         points = points[np.linspace(0, len(points) - 1, _MOST_SEGMENTS).round().astype(int)]
-    duration = points[-1, 2] - points[0, 2]
-    share = (points[:, 2] - points[0, 2]) / duration if duration > 0 else np.linspace(0, 1, len(points))
-    colours = [tuple(colour) for colour in gradient(TIME_COLOURS, share).tolist()]
-    picture = draw_path(picture, points[:, :2], colours)
-    return _time_bar(picture, duration) if bar and timed and duration > 0 else picture
+    times = points[:, 2]
+    if times[-1] == times[0]:
+        times = np.linspace(0, 1, len(points))
+    between = np.setdiff1d(np.linspace(times[0], times[-1], 100), times)
+    inserted = np.column_stack([np.interp(between, times, points[:, axis]) for axis in (0, 1)])
+    order = np.argsort(np.concatenate([times, between]), kind="stable")
+    places = np.concatenate([points[:, :2], inserted])[order]
+    times = np.concatenate([times, between])[order]
+    share = (times - times[0]) / max(times[-1] - times[0], 1e-9)
+    return times, places, [(r, g, b) for r, g, b in gradient(TIME_COLOURS, share).tolist()]
 
 
 def draw_path(
@@ -331,7 +350,7 @@ def overlay_attention(image: Picture, attention: Float[np.ndarray, "rows cols"])
     strength = _resized_map(attention, picture.size)[..., None]
     dimmed = np.asarray(picture.convert("L").convert("RGB"), np.float32) * 0.3 + np.asarray(picture) * 0.35
     glow = gradient(HEAT_COLOURS, strength[..., 0]).astype(np.float32)
-    share = 0.15 + 0.45 * strength
+    share = 0.15 + 0.5 * strength
     return Image.fromarray(np.clip(dimmed * (1 - share) + glow * share, 0, 255).round().astype(np.uint8))
 
 
@@ -365,5 +384,5 @@ def _drawn_smoothly(picture: Image.Image, paint: Callable[[ImageDraw.ImageDraw, 
     """
     finer = 3 if max(picture.size) <= 768 else 2
     layer = Image.new("RGBA", (picture.width * finer, picture.height * finer), (0, 0, 0, 0))
-    paint(ImageDraw.Draw(layer), finer)
+    paint(ImageDraw.Draw(layer), float(finer))
     return Image.alpha_composite(picture.convert("RGBA"), layer.reduce(finer)).convert("RGB")

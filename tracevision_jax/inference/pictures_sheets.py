@@ -27,6 +27,7 @@ from tracevision_jax.inference.pictures import (
     printable,
     shown,
     text_font,
+    timed_line,
 )
 from tracevision_jax.trajectory.checks import check_trace
 from tracevision_jax.trajectory.phrases import Phrase
@@ -86,9 +87,9 @@ def wrap(text: str, width_px: float, size_px: float) -> list[str]:
     return [*lines, line] if line else lines
 
 
-def text_block(text: str, width_px: int, size_px: float = 15, colour: Colour = INK) -> Image.Image:
+def text_block(text: str, width_px: int, size_px: float = 15.0, colour: Colour = INK) -> Image.Image:
     """Wrapped text on white, as high as it needs."""
-    lines = wrap(text, width_px, size_px)
+    lines = wrap(text, float(width_px), size_px)
     step = round(1.35 * size_px)
     block = Image.new("RGB", (width_px, max(1, len(lines) * step)), PAPER)
     draw = ImageDraw.Draw(block)
@@ -111,15 +112,18 @@ def _marked_block(runs: Sequence[_Run], width_px: int, size_px: float) -> Image.
     """Wrapped text of several colours."""
     font, step = text_font(size_px), round(1.6 * size_px)
     space = font.getlength(" ")
-    places, x, row = [], 0.0, 0
+    places, x, row, parted = [], 0.0, 0, True
     for run in runs:
+        parted |= run.text[:1].isspace()
         for word in printable(run.text).split():
             length = font.getlength(word)
+            x += (space if parted else 3) if x else 0
             if x and x + length > width_px:
                 x, row = 0.0, row + 1
             places.append((x, row, length, word, run))
-            x += length + space
-        x += space if run.marked and x else 0
+            x, parted = x + length, True
+        # Punctuation right after a marked stretch stays beside it.
+        parted = run.text[-1:].isspace() or not run.text
     block = Image.new("RGB", (width_px, (row + 1) * step), PAPER)
     draw = ImageDraw.Draw(block)
     for index, (x, row, length, _, run) in enumerate(places):
@@ -155,7 +159,7 @@ def sheet(
     width = columns * panel_width_px + (columns - 1) * _GAP
     bands = [_side_by_side(row, width) for row in rows]
     if title:
-        bands.insert(0, text_block(title, width, 21))
+        bands.insert(0, text_block(title, width, 21.0))
     return _framed(_stacked(bands, _GAP))
 
 
@@ -163,9 +167,9 @@ def _panel(panel: Panel, width_px: int) -> Image.Image:
     picture = _at_width(shown(panel.picture), width_px)
     parts = [picture]
     if panel.title:
-        parts.insert(0, text_block(panel.title, width_px, 16))
+        parts.insert(0, text_block(panel.title, width_px, 16.0))
     if panel.caption:
-        parts.append(text_block(panel.caption, width_px, 14, PALE_INK))
+        parts.append(text_block(panel.caption, width_px, 14.0, PALE_INK))
     return _stacked(parts, 6)
 
 
@@ -229,7 +233,7 @@ def simplification_figure(
     owner = phrase_of_points(keypoints[:, 2], windows[: len(phrases)])
     colours = [IMPORTANCE_COLOURS[level - 1] for level in importance[owner]]
     share = (points[:, 2] - points[0, 2]) / max(points[-1, 2] - points[0, 2], 1e-9)
-    by_time = [tuple(colour) for colour in gradient(TIME_COLOURS, share).tolist()]
+    by_time = [(r, g, b) for r, g, b in gradient(TIME_COLOURS, share).tolist()]
     picture = _at_width(shown(image), panel_width_px)
     fewer = 100 * (1 - len(keypoints) / len(points))
     left = Panel(
@@ -242,11 +246,11 @@ def simplification_figure(
     )
     width = 2 * panel_width_px + _GAP
     parts = [_side_by_side([_panel(left, panel_width_px), _panel(right, panel_width_px)], width)]
-    legend = [_Run("importance of the phrase:", PALE_INK)]
-    legend += [_Run(f"{level}", IMPORTANCE_COLOURS[level - 1], True) for level in range(1, 6)]
-    parts.append(_marked_block(legend, width, 15))
+    legend = [_Run("importance of the phrase: ", PALE_INK)]
+    legend += [_Run(f"{level} ", IMPORTANCE_COLOURS[level - 1], True) for level in range(1, 6)]
+    parts.append(_marked_block(legend, width, 15.0))
     if caption:
-        parts.append(_marked_block(_caption_runs(caption, phrases), width, 17))
+        parts.append(_marked_block(_caption_runs(caption, phrases), width, 17.0))
     return _framed(_stacked(parts, 12))
 
 
@@ -265,16 +269,18 @@ def _caption_runs(caption: str, phrases: Sequence[Phrase]) -> list[_Run]:
 def draw_trace_on_frames(
     frames: UInt8[np.ndarray, "frames height width 3"], points: Any, frames_per_second: float
 ) -> list[Image.Image]:
-    """Each frame with what has been traced until its end, in the colours of the whole trace's time."""
-    points = check_trace(points)
-    times = points[:, 2]
-    share = (times - times[0]) / max(times[-1] - times[0], 1e-9)
-    colours = [tuple(colour) for colour in gradient(TIME_COLOURS, share).tolist()]
+    """Each frame with what has been traced until its end, in the colours of the whole trace's time.
+
+    The last frame shows the whole trace. Raises `UserError` for a rate that is not above 0.
+    """
+    if not frames_per_second > 0:
+        raise UserError(f"the frames have the rate {frames_per_second} Hz; it must be above 0")
+    times, places, colours = timed_line(check_trace(points))
     drawn = []
     for index, frame in enumerate(frames):
         last = index == len(frames) - 1
-        until = len(points) if last else int(np.searchsorted(times, (index + 1) / frames_per_second))
-        drawn.append(draw_path(frame, points[:until, :2], colours[:until]) if until else shown(frame))
+        until = len(times) if last else int(np.searchsorted(times, (index + 1) / frames_per_second))
+        drawn.append(draw_path(frame, places[:until], colours[:until]) if until else shown(frame))
     return drawn
 
 
