@@ -16,6 +16,7 @@ from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
 from tracevision_jax.language.mrope import VisualSpan, mrope_positions
 from tracevision_jax.vision.preprocess import VisionInputConfig, window_patches
 from tracevision_jax.vision.windows import raster_units
+from tracevision_jax.weights.qwen25vl import from_torch
 
 TINY = {
     "model_type": "qwen2_5_vl",
@@ -254,79 +255,5 @@ def numpy_of(tensor: torch.Tensor) -> np.ndarray:
 
 
 def params_of(model: torch.nn.Module, config: Qwen25VLConfig) -> dict:
-    """The reference's weights as our parameter tree, in float32."""
-    v, c = config.vision, config.language
-    state = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
-
-    def linear(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, np.ndarray]:
-        kernel = {"kernel": state[f"{name}.weight"].reshape(*outputs, -1)}
-        kernel["kernel"] = np.moveaxis(kernel["kernel"], -1, 0).reshape(*inputs, *outputs)
-        if f"{name}.bias" in state:
-            kernel["bias"] = state[f"{name}.bias"].reshape(outputs)
-        return kernel
-
-    def stack(trees: Sequence) -> dict | np.ndarray:
-        if isinstance(trees[0], dict):
-            return {key: stack([tree[key] for tree in trees]) for key in trees[0]}
-        return np.stack(trees)
-
-    def block(number: int) -> dict:
-        name, w, f = f"model.visual.blocks.{number}", (v.width,), (v.mlp_width,)
-        return {
-            "norm1": {"scale": state[f"{name}.norm1.weight"]},
-            "norm2": {"scale": state[f"{name}.norm2.weight"]},
-            "attn": {
-                "qkv": linear(f"{name}.attn.qkv", w, (3, v.heads, v.head_dim)),
-                "proj": linear(f"{name}.attn.proj", (v.heads, v.head_dim), w),
-            },
-            "mlp": {
-                "gate": linear(f"{name}.mlp.gate_proj", w, f),
-                "up": linear(f"{name}.mlp.up_proj", w, f),
-                "down": linear(f"{name}.mlp.down_proj", f, w),
-            },
-        }
-
-    def layer(number: int) -> dict:
-        name, w, f = f"model.language_model.layers.{number}", (c.width,), (c.mlp_width,)
-        kv = (c.kv_heads, c.head_dim)
-        return {
-            "attn_norm": {"scale": state[f"{name}.input_layernorm.weight"]},
-            "mlp_norm": {"scale": state[f"{name}.post_attention_layernorm.weight"]},
-            "attn": {
-                "q": linear(f"{name}.self_attn.q_proj", w, (c.heads, c.head_dim)),
-                "k": linear(f"{name}.self_attn.k_proj", w, kv),
-                "v": linear(f"{name}.self_attn.v_proj", w, kv),
-                "o": linear(f"{name}.self_attn.o_proj", (c.heads, c.head_dim), w),
-            },
-            "mlp": {
-                "gate": linear(f"{name}.mlp.gate_proj", w, f),
-                "up": linear(f"{name}.mlp.up_proj", w, f),
-                "down": linear(f"{name}.mlp.down_proj", f, w),
-            },
-        }
-
-    size = v.window_blocks + 1
-    groups = [[block(size * group + place) for place in range(size)] for group in range(v.groups)]
-    merged = v.merge**2 * v.width
-    language = {
-        "embed": {"embedding": state["model.language_model.embed_tokens.weight"]},
-        "layers": stack([layer(number) for number in range(c.layers)]),
-        "final_norm": {"scale": state["model.language_model.norm.weight"]},
-    }
-    if not c.tied:
-        language["head"] = {"kernel": state["lm_head.weight"].T}
-    scanned = {"full": stack([group[-1] for group in groups])}
-    if v.window_blocks:
-        scanned["window"] = stack([stack(group[:-1]) for group in groups])
-    return {
-        "vision": {
-            "patch_embed": linear("model.visual.patch_embed.proj", (v.patch_dim,), (v.width,)),
-            "groups": scanned,
-            "merger": {
-                "norm": {"scale": state["model.visual.merger.ln_q.weight"]},
-                "fc1": linear("model.visual.merger.mlp.0", (merged,), (merged,)),
-                "fc2": linear("model.visual.merger.mlp.2", (merged,), (v.out_width,)),
-            },
-        },
-        "language": language,
-    }
+    """The reference's weights as our parameter tree."""
+    return from_torch(model.state_dict(), config)

@@ -176,7 +176,7 @@ class Qwen25VLConfig:
                 "in_channels": v.channels,
                 "window_size": v.window_units * v.unit_pixels,
                 "fullatt_block_indexes": [(g + 1) * (v.window_blocks + 1) - 1 for g in range(v.groups)],
-                "tokens_per_second": self.tokens_per_second,
+                "tokens_per_second": int(self.tokens_per_second),
             },
         }
 

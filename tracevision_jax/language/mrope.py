@@ -29,7 +29,7 @@ class VisualSpan:
 
 
 def visual_positions(
-    span: VisualSpan, start: int, merge: int, tokens_per_second: float
+    span: VisualSpan, start: int, merge: int, tokens_per_second: int | float
 ) -> Int[np.ndarray, "tokens 3"]:
     """Positions (time, height, width) of a span's tokens in the order frame, row, column."""
     # In float32 and cut, not rounded, as the reference does it.
@@ -44,7 +44,7 @@ def mrope_positions(
     spans: Sequence[VisualSpan],
     visual_ids: Collection[int],
     merge: int,
-    tokens_per_second: float,
+    tokens_per_second: int | float,
 ) -> tuple[Int[np.ndarray, "tokens 3"], int]:
     """Return positions of one sequence, and the offset that turns a later token's index into its position.
 
