@@ -57,12 +57,12 @@ def spoken_words(rng: np.random.Generator, duration: float) -> list[TimedWord]:
 
 
 def best_seconds(work: Callable[[], object], rounds: int = 3) -> float:
-    """The least wall time of some runs."""
+    """The least processor time of some runs, which other programs on the machine do not lengthen."""
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
