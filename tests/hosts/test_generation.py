@@ -344,6 +344,31 @@ def test_what_cannot_be_generated_is_refused(options: dict, message: str) -> Non
         t.generate(t.prompts([5, 6], 24), **options)
 
 
+def test_parts_without_steps_are_refused() -> None:
+    t = tiny()
+    with pytest.raises(UserError, match="at least one step"):
+        next(t.generator.stream(t.params, *t.prompts([5], 24), max_new_tokens=8, every=0))
+
+
+def test_bfloat16_answers_are_those_of_its_own_uncached_forward() -> None:
+    t = Tiny(dataclasses.replace(TINY, dtype="bfloat16"), params=tiny().params)
+    embeddings, positions, lengths = t.prompts([9], 12)
+    result = t.generate((embeddings, positions, lengths), max_new_tokens=12)
+    assert np.asarray(result.hidden).dtype == jnp.bfloat16
+    answer = jnp.asarray(result.tokens)[:, : int(result.lengths[0])]
+    variables = {"params": t.params}
+    whole = jnp.concatenate(
+        [embeddings[:, :9], t.model.apply(variables, answer, method="embed").astype(jnp.float32)], axis=1
+    )
+    places, segments = jnp.asarray(text_positions(*whole.shape[:2])), jnp.ones(whole.shape[:2], jnp.int32)
+    hidden, _ = t.model.apply(variables, whole, places, segments)
+    logits = np.asarray(t.model.apply(variables, hidden, method="logits"))[0, 8:-1]
+    # Sums of bfloat16 products are grouped differently with a cache, so a near tie may go either way.
+    chosen = np.take_along_axis(logits, np.asarray(answer)[0][:, None], axis=-1)[:, 0]
+    assert answer.shape[1] > 5
+    assert (logits.max(-1) - chosen < 0.03 * logits.std()).all()
+
+
 def test_a_grammar_of_another_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="149 tokens, the model 150"):
         Generator(tiny().model, text_grammar(149, [1]))

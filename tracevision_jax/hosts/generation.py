@@ -264,6 +264,8 @@ class Generator:
         every: int = 16,
     ) -> Iterator[Part]:
         """`generate`, handing out the tokens after every so many steps; the loop rests only in between."""
+        if every < 1:
+            raise UserError(f"a part has at least one step, so every cannot be {every}")
         call = _Call(self, params, embeddings, positions, lengths, max_new_tokens, settings, force)
         before = [0] * len(embeddings)
         for stop in range(every, call.new_tokens + every, every):
