@@ -1,9 +1,8 @@
-"""Traces simplified a second, beside plain recursive Python in the same run: `python -m
-benchmarks.simplification`.
+"""Traces simplified a second beside recursive Python in the same run: `python -m benchmarks.simplification`.
 
 Traces are hand-like (loops around places, jitter, travel between them, 60 Hz), 400 points long, each spoken
 over with a narrative of 43 words whose phrases are given; both sides align words to the caption, keep the
-same points (checked), run on one core, and take the best of three.
+same points (checked), run on one core, and take the best of three processor times.
 """
 
 import time
