@@ -1,4 +1,4 @@
-"""The simplification as one would write it first, by recursion over lists: the fast one is held against it."""
+"""The simplification as one would write it first, by recursion over lists: what the fast one must equal."""
 
 import math
 import sys
