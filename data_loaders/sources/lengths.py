@@ -54,7 +54,9 @@ class LengthIndex:
         part = file.with_name(f".{file.name}.{os.getpid()}.part")
         with open(part, "wb") as stream:
             names = np.array([" ".join(sorted(tasks)) for tasks in self._task_sets], np.str_)
-            np.savez_compressed(stream, tasks=self._tasks, task_sets=names, **self._columns)
+            np.savez_compressed(
+                stream, allow_pickle=False, tasks=self._tasks, task_sets=names, **self._columns
+            )
         os.replace(part, file)
 
     @classmethod

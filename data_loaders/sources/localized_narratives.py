@@ -199,6 +199,7 @@ class LocalizedNarratives:
             BadRecord: the record, or the image's header, cannot be used.
         """
         parts = self.parts(index)
+        assert parts.image is not None
         return size_of(parts, *image_size(parts.image))
 
     def fingerprint(self) -> str:

@@ -58,7 +58,7 @@ def _check_parts(dataset: str, split: str, files: list[Path]) -> None:
             listed = ", ".join(f"{part:05d}" for part in missing)
             raise UserError(
                 f"the {split} split of {dataset} comes in {total} files, and these are missing: {listed}. "
-                "Download them, or rename the files that are there so that their names do not end in -of-NNNNN"
+                "Download them, or rename the files that are there so that no name ends in -of-NNNNN"
             )
     if len(whole) > 1 or (parts and len(parts) < len(files)):
         names = ", ".join(file.name for file in files)

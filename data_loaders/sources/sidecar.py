@@ -9,6 +9,7 @@ written as text.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -64,7 +65,7 @@ def decode_sidecar(line: bytes, image_id: str) -> tuple[tuple[Region, ...], tupl
 
 def encode_masks(masks: Bool[np.ndarray, "frames height width"]) -> list[dict]:
     """COCO RLE of each frame."""
-    encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+    encoded: Any = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
     return [
         {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()} for rle in encoded
     ]
@@ -72,7 +73,7 @@ def encode_masks(masks: Bool[np.ndarray, "frames height width"]) -> list[dict]:
 
 def decode_masks(encoded: list[dict]) -> Bool[np.ndarray, "frames height width"]:
     """Masks of all frames from their RLE."""
-    rle = [{"size": mask["size"], "counts": mask["counts"].encode()} for mask in encoded]
+    rle: Any = [{"size": mask["size"], "counts": mask["counts"].encode()} for mask in encoded]
     return np.ascontiguousarray(coco_mask.decode(rle).transpose(2, 0, 1)).astype(bool)
 
 

@@ -86,7 +86,7 @@ class TfdsNarratives:
     def _examples(self) -> Any:
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self.folder)
+        builder: Any = tfds.builder_from_directory(self.folder)
         return builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
 
     @cached_property

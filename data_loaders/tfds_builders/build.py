@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -48,6 +48,7 @@ Outcome = tuple[dict[str, Any], RecordSize] | BadRecord
 """What became of a record: an example with its size, or the reason why there is none."""
 
 
+@runtime_checkable
 class Input(Protocol):
     """Records to build from."""
 
@@ -231,7 +232,10 @@ def _write_shard(
                     raise UserError(f"{TELLING} records in a row are bad; the first one: {bad[0]['reason']}")
             else:
                 example, size = outcome
-                line = serializer.serialize_example(features.encode_example(example))
+                # Otherwise the order of the fields differs from one process to the next.
+                line = serializer.get_tf_example(features.encode_example(example)).SerializeToString(
+                    deterministic=True
+                )
                 writer.write(line)
                 written += len(line)
                 sizes.append(size)
