@@ -10,7 +10,8 @@ the row. A trace that the user shows enters the TVP and the text; one that the a
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,8 @@ from tracevision_jax.records.sample import (
 )
 from tracevision_jax.records.vocabulary import SLOTS, CoordinateFormat, Vocabulary
 from tracevision_jax.trajectory.checks import check_trace
+from tracevision_jax.trajectory.phrases import PhraseProvider, RubricPhrases
+from tracevision_jax.trajectory.simplify import BASE_EPSILON_PX, plain, simplify, to_count
 from tracevision_jax.trajectory.tokens import format_digits
 from tracevision_jax.vision.preprocess import (
     VisionInputConfig,
@@ -38,8 +41,41 @@ from tracevision_jax.vision.preprocess import (
 )
 from tracevision_jax.vision.windows import raster_units
 
-Simplifier = Callable[[np.ndarray, Sequence[TimedWord], str, tuple[int, int]], np.ndarray]
-"""(points (n, 3), timed words, caption, (height, width)) -> keypoints (m, 3)."""
+
+@dataclasses.dataclass(frozen=True)
+class Simplification:
+    """How recorded traces become keypoints (Sec. 3.2.3, App. E)."""
+
+    method: Literal["semantic", "plain", "uniform", "none"] = "semantic"
+    epsilon_px: float = BASE_EPSILON_PX
+    """Tolerance of a phrase of importance 5, or of the whole trace where it has no words or the method is plain."""
+    keypoints: int = 0
+    """Exactly so many keypoints instead of a tolerance; needed for "uniform"."""
+
+    def __post_init__(self):
+        if self.method == "uniform" and self.keypoints < 1:
+            raise UserError("Simplification 'uniform' needs a number of keypoints.")
+
+
+def simplify_trace(
+    points: np.ndarray,
+    words: Sequence[TimedWord],
+    size: tuple[int, int],
+    how: Simplification,
+    phrases: PhraseProvider,
+) -> np.ndarray:
+    """Keypoints (m, 3) of checked points (n, 3); `size` is (height, width) in pixels."""
+    caption = " ".join(word.text for word in words)
+    if how.method == "none":
+        return points
+    if how.keypoints:
+        spoken = how.method == "semantic" and words
+        method = how.method if spoken or how.method != "semantic" else "plain"
+        found = phrases.phrases(caption) if spoken else None
+        return to_count(points, method, how.keypoints, size, words, caption, found)
+    if how.method == "semantic" and words:
+        return simplify(points, words, caption, size, phrases.phrases(caption), how.epsilon_px)
+    return plain(points, size, how.epsilon_px)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +92,7 @@ class ProcessorConfig:
     """Side of the decoder's masks."""
     max_points: int = 64
     """Keypoints of one trajectory; longer ones are thinned evenly after simplification."""
+    simplification: Simplification = Simplification()
     slot_tokens: int = 0
     """Tokens of a row that each conversation has to itself, so that attention may treat conversations as a batch axis
     instead of masking the square of a row; worth its padding where no block-sparse kernel serves (CPU). 0 packs
@@ -136,13 +173,16 @@ class Frames:
 class Processor:
     """Lays out conversations as token rows; stateless but for its vocabulary and configuration."""
 
-    def __init__(self, vocabulary: Vocabulary, config: ProcessorConfig, simplify: Simplifier):
+    def __init__(
+        self, vocabulary: Vocabulary, config: ProcessorConfig, phrases: PhraseProvider | None = None
+    ):
         if vocabulary.coordinates != config.coordinates:
             raise UserError(
                 f"The vocabulary writes coordinates as '{vocabulary.coordinates}', the processor as "
                 f"'{config.coordinates}'; make them the same."
             )
-        self.vocabulary, self.config, self.simplify = vocabulary, config, simplify
+        self.vocabulary, self.config = vocabulary, config
+        self.phrases = phrases or RubricPhrases()
 
     def piece(self, sample: Sample, conversations: Iterable[Conversation], answer: bool = True) -> Piece:
         """Encode a sample with its conversations.
@@ -170,7 +210,9 @@ class Processor:
             video = preprocess_video(sample.frames, sample.frames_per_second, config)
             chosen = sample_frames(len(sample.frames), sample.frames_per_second, config)
             span = VisualSpan(len(video.grid), *video.grid[0].tolist(), video.seconds_per_frame)
-            return Frames(video.values, video.grid, video.frame_times, [span], chosen[:: config.temporal_patch])
+            return Frames(
+                video.values, video.grid, video.frame_times, [span], chosen[:: config.temporal_patch]
+            )
         stills = [preprocess_image(frame, config) for frame in sample.frames]
         return Frames(
             np.concatenate([still.values for still in stills]),
@@ -222,7 +264,9 @@ class Processor:
             point=np.asarray(writer.point, np.int32),
             positions=positions,
             points=np.concatenate(writer.points) if writer.points else np.zeros((0, 3)),
-            point_trace=np.repeat(np.arange(len(writer.points)) + 1, [len(p) for p in writer.points]).astype(np.int32),
+            point_trace=np.repeat(np.arange(len(writer.points)) + 1, [len(p) for p in writer.points]).astype(
+                np.int32
+            ),
             mask_frame=writer.mask_frame,
             mask_target=writer.mask_target,
             mask_slots=writer.mask_slots,
@@ -232,8 +276,7 @@ class Processor:
     def keypoints(self, trace: TracePart, size: tuple[int, int]) -> np.ndarray:
         """Check, simplify and, where still too long, thin a trace evenly to `max_points`; (points, 3)."""
         points = check_trace(trace.points)
-        caption = " ".join(word.text for word in trace.words)
-        points = self.simplify(points, trace.words, caption, size)
+        points = simplify_trace(points, trace.words, size, self.config.simplification, self.phrases)
         if len(points) > self.config.max_points:
             points = points[np.linspace(0, len(points) - 1, self.config.max_points).round().astype(int)]
         return np.concatenate([np.clip(points[:, :2], 0.0, 1.0), points[:, 2:]], 1)
@@ -420,7 +463,9 @@ def _place(batch: Batch, row: int, pieces: Sequence[Piece], bucket: Bucket, conf
             batch.positions[row, here] = encoded.positions
             batch.targets[row, token : token + n - 1] = encoded.tokens[1:]
             batch.target_weights[row, token : token + n - 1] = encoded.learn[1:]
-            place = (conversation * bucket.frames + frame + encoded.visual[:, 0]) * units + encoded.visual[:, 1]
+            place = (conversation * bucket.frames + frame + encoded.visual[:, 0]) * units + encoded.visual[
+                :, 1
+            ]
             batch.visual_index[row, here] = np.where(encoded.visual[:, 0] >= 0, place, -1)
             batch.point_index[row, here] = np.where(
                 encoded.point >= 0, conversation * bucket.points + encoded.point, -1

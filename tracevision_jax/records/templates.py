@@ -36,7 +36,10 @@ PREDICT = (
     ('Trace this description: "', '".'),
     ('Someone says "', '". Give their gaze trajectory.'),
 )
-JOINT = ("Describe the image and give the trajectory of your gaze.", "Narrate the image, then trace your narration.")
+JOINT = (
+    "Describe the image and give the trajectory of your gaze.",
+    "Narrate the image, then trace your narration.",
+)
 CAPTION = ("Describe the image.", "What is in this image?", "Give a short description of the image.")
 WHERE = (("Where is ", "? Answer with a box."), ("Locate ", " with a box."), ("Give the box of ", "."))
 WHAT_BOX = (("What is in ", "?"), ("Name the object in ", "."))
@@ -75,7 +78,9 @@ def predict_trace(caption: str, answer: TracePart | None, rng: Rng = None) -> Co
 def locate(phrase: str, box: np.ndarray | None, rng: Rng = None) -> Conversation:
     """Referring localisation."""
     before, after = choose(WHERE, rng)
-    return conversation("refer_box", (f"{before}{phrase}{after}",), (BoxPart(box),) if box is not None else ())
+    return conversation(
+        "refer_box", (f"{before}{phrase}{after}",), (BoxPart(box),) if box is not None else ()
+    )
 
 
 def segment_phrases(regions: Sequence[Region], rng: Rng = None, prompt: str | None = None) -> Conversation:

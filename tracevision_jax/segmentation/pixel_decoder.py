@@ -50,7 +50,9 @@ class DecoderAttention(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, queries: Float[Array, "n q w"], keys: Float[Array, "n k w"], values: Float[Array, "n k w"]):
+    def __call__(
+        self, queries: Float[Array, "n q w"], keys: Float[Array, "n k w"], values: Float[Array, "n k w"]
+    ):
         """Attend; no masking is needed, all masks have the same grid."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         head_dim = self.inner_width // self.heads
@@ -90,11 +92,15 @@ class TwoWayBlock(nn.Module):
             coded = tokens + token_code
             tokens = tokens + attend("self", config.width, coded, coded, tokens)
         tokens = norm("norm_self", tokens)
-        tokens = tokens + attend("to_image", config.width // 2, tokens + token_code, image + image_code, image)
+        tokens = tokens + attend(
+            "to_image", config.width // 2, tokens + token_code, image + image_code, image
+        )
         tokens = norm("norm_to_image", tokens)
         hidden = nn.relu(nn.Dense(config.mlp_width, name="mlp_in", **kinds)(tokens))
         tokens = norm("norm_mlp", tokens + nn.Dense(config.width, name="mlp_out", **kinds)(hidden))
-        image = image + attend("to_tokens", config.width // 2, image + image_code, tokens + token_code, tokens)
+        image = image + attend(
+            "to_tokens", config.width // 2, image + image_code, tokens + token_code, tokens
+        )
         return tokens, norm("norm_to_tokens", image)
 
 
@@ -149,7 +155,9 @@ class PixelDecoder(nn.Module):
         hidden = nn.relu(nn.Dense(config.token_hidden, name="token_in", **kinds)(seg.astype(self.dtype)))
         tokens = nn.Dense(config.width, name="token_out", **kinds)(hidden)
         tokens = tokens.reshape(tokens.shape[0], SCALES, config.tokens_per_scale, config.width)
-        level_code = self.param("level_code", nn.initializers.normal(0.02), (SCALES, config.width), self.param_dtype)
+        level_code = self.param(
+            "level_code", nn.initializers.normal(0.02), (SCALES, config.width), self.param_dtype
+        )
         tokens = tokens + level_code.astype(self.dtype)[:, None]
 
         coarse = self._scale(0, deep, tokens[:, 0], None, upsamplings=1)
@@ -164,7 +172,9 @@ class PixelDecoder(nn.Module):
         config = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         side = features.shape[1]
-        image = nn.Dense(config.width, use_bias=False, name=f"neck_in_{level}", **kinds)(features.astype(self.dtype))
+        image = nn.Dense(config.width, use_bias=False, name=f"neck_in_{level}", **kinds)(
+            features.astype(self.dtype)
+        )
         image = nn.LayerNorm(1e-6, name=f"neck_norm_{level}", **kinds)(image)
         image = nn.Conv(config.width, (3, 3), use_bias=False, name=f"neck_out_{level}", **kinds)(image)
         image = nn.LayerNorm(1e-6, name=f"neck_out_norm_{level}", **kinds)(image)

@@ -134,7 +134,10 @@ class TraceVisionModel(nn.Module):
 
     def setup(self):
         config = self.config
-        dtype, param_dtype = jnp.dtype(config.host.language.dtype), jnp.dtype(config.host.language.param_dtype)
+        dtype, param_dtype = (
+            jnp.dtype(config.host.language.dtype),
+            jnp.dtype(config.host.language.param_dtype),
+        )
         self.host = Qwen25VL(config.host)
         self.tvp = TVP(config.tvp, dtype, param_dtype)
         self.decoder = PixelDecoder(config.decoder, dtype, param_dtype)
@@ -153,7 +156,9 @@ class TraceVisionModel(nn.Module):
             return spread.reshape(rows * conversations, *x.shape[1:])
 
         embeddings = self.host.embed(batch.tokens)
-        if not points:  # a bucket without trajectories: each conversation's visual features are the image's own
+        if (
+            not points
+        ):  # a bucket without trajectories: each conversation's visual features are the image's own
             visual = per_conversation(units).reshape(rows, conversations * frames * count, width)
             return Context(place_features(embeddings, visual, batch.visual_index), shallow, deep, [])
         owner = batch.frame_owner.reshape(rows * conversations, frames)
@@ -178,7 +183,9 @@ class TraceVisionModel(nn.Module):
         def by_conversation(x):
             return x.reshape(-1, slot, *x.shape[2:]) if slot else x
 
-        hidden, _ = self.host.run(*map(by_conversation, (context.embeddings, batch.positions, batch.segments)))
+        hidden, _ = self.host.run(
+            *map(by_conversation, (context.embeddings, batch.positions, batch.segments))
+        )
         return hidden.reshape(context.embeddings.shape)
 
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocabulary"]:
@@ -242,11 +249,13 @@ class TraceVision:
         slot = self.config.processor.slot_tokens or 8
         bucket = Bucket(tokens=slot, frames=1, windows=1, conversations=1, points=1, masks=1)
         batch = jax.tree.map(jnp.asarray, empty_batch(1, bucket, self.config.processor))
-        params = self.model.init(rng, batch, method="initialise")["params"]
-        return self.place_bins(params)
+        return self.settle(self.model.init(rng, batch, method="initialise")["params"])
 
-    def place_bins(self, params: Params) -> Params:
-        """Set the bins' embedding and head rows to Fourier features at the norm of the host's own rows."""
+    def settle(self, params: Params) -> Params:
+        """Set the bins' embedding and head rows to Fourier features at the norm of the host's own rows.
+
+        Called on fresh parameters, and again where the host's are read from a checkpoint.
+        """
         if self.config.processor.coordinates != "bins":
             return params
         language = params["host"]["language"]
@@ -264,7 +273,9 @@ class TraceVision:
         """Nothing lives between steps."""
         return ()
 
-    def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array) -> tuple[Scalars, Scalars, State]:
+    def loss(
+        self, params: Params, state: State, batch: Batch, rng: jax.Array
+    ) -> tuple[Scalars, Scalars, State]:
         """Eq. 12 to 15 as sums and weights: "text" over learned tokens, "refinement" and "dice" over masks."""
         del rng
 
@@ -272,7 +283,10 @@ class TraceVision:
         hidden, masks = self.model.apply(variables, batch)
         text, correct = token_cross_entropy(
             *learned_first(
-                self.config.processor.learned_tokens(hidden.shape[1]), hidden, batch.targets, batch.target_weights
+                self.config.processor.learned_tokens(hidden.shape[1]),
+                hidden,
+                batch.targets,
+                batch.target_weights,
             ),
             lambda rows: self.model.apply(variables, rows, method="logits"),
             self.config.logit_chunk,

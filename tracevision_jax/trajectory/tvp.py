@@ -198,7 +198,12 @@ class TVP(nn.Module):
             return visual, jnp.zeros_like(traced), maps
         for index in range(config.blocks):
             flat, traced, block_maps = TVPBlock(config, self.dtype, self.param_dtype, name=f"block_{index}")(
-                flat, traced, places(visual_xy).reshape(rows, frames * units, -1), places(points[..., :2]), mask, bias
+                flat,
+                traced,
+                places(visual_xy).reshape(rows, frames * units, -1),
+                places(points[..., :2]),
+                mask,
+                bias,
             )
             maps.append(block_maps)
         tokens = RMSNorm(1e-6, self.dtype, self.param_dtype, name="out_norm")(traced)
@@ -214,14 +219,20 @@ class TVP(nn.Module):
         def table(axis):
             def init(key, shape, dtype):
                 half = line_features(bin_centres(shape[0]), shape[1] // 2, config.position_cycles * 2)
-                place = jnp.zeros(shape).at[:, axis * (shape[1] // 2) : (axis + 1) * (shape[1] // 2)].set(half)
+                place = (
+                    jnp.zeros(shape).at[:, axis * (shape[1] // 2) : (axis + 1) * (shape[1] // 2)].set(half)
+                )
                 return (place * (shape[1] / 2) ** 0.5).astype(dtype)
 
             return self.param(("x_bins", "y_bins")[axis], init, (config.bins, config.width), self.param_dtype)
 
         time = line_features(points[..., 2] / config.time_scale_seconds, config.width, 64.0)
-        time_scale = self.param("time_scale", nn.initializers.constant(0.1), (config.width,), self.param_dtype)
-        index = self.param("trace_index", nn.initializers.normal(0.1), (config.max_traces, config.width), self.param_dtype)
+        time_scale = self.param(
+            "time_scale", nn.initializers.constant(0.1), (config.width,), self.param_dtype
+        )
+        index = self.param(
+            "trace_index", nn.initializers.normal(0.1), (config.max_traces, config.width), self.param_dtype
+        )
         number = jnp.clip(point_trace - 1, 0, config.max_traces - 1)
         embedded = table(0)[bins[..., 0]] + table(1)[bins[..., 1]]
         embedded = embedded + time * (config.width**0.5) * time_scale + index[number]
