@@ -62,7 +62,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory)
     if not is_model(directory):
         raise UserError(f"{directory} is not a model directory: it needs config.json and params/.")
-    return json.loads((directory / "config.json").read_text())
+    try:
+        return json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{directory / 'config.json'} is not readable JSON: {error}.") from error
 
 
 def read_shapes(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -70,6 +73,8 @@ def read_shapes(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     read_config(directory)
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.metadata(Path(directory).absolute() / "params").item_metadata
+    if tree is None:
+        raise UserError(f"{directory} is damaged: the list of its parameters cannot be read.")
     leaves: dict[str, Any] = traverse_util.flatten_dict(dict(tree), sep="/")
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
 
@@ -91,10 +96,10 @@ def load_model(
     Raises:
         UserError: no such model, a damaged file (all are named), or an unknown path.
     """
-    config, shapes = read_config(directory), read_shapes(directory)
-    directory = Path(directory).absolute()
+    config, directory = read_config(directory), Path(directory).absolute()
     if verify and (damage := hashes.faults(directory)):
         raise UserError("This model is damaged; copy or export it again:\n  " + "\n  ".join(damage))
+    shapes = read_shapes(directory)
     wanted = set(shapes) if paths is None else set(paths)
     if unknown := sorted(wanted - set(shapes)):
         raise UserError(f"{directory} has no parameter {', '.join(unknown)}.")
