@@ -1,0 +1,107 @@
+"""A TraceVision so small that it compiles in seconds, with drawn parameters, and samples for it."""
+
+import functools
+
+import jax
+import numpy as np
+
+from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
+from tracevision_jax.inference.engine import Engine
+from tracevision_jax.language.config import LanguageConfig
+from tracevision_jax.records.processor import Piece, Processor
+from tracevision_jax.records.sample import Conversation, Sample, TracePart, Turn
+from tracevision_jax.records.vocabulary import Vocabulary, train_tokenizer
+from tracevision_jax.segmentation.pixel_decoder import PixelDecoderConfig
+from tracevision_jax.systems.tracevision import TraceVision, tracevision_config
+from tracevision_jax.vision.config import QwenVisionConfig
+from tracevision_jax.vision.preprocess import VisionInputConfig
+
+WORDS = "a red circle and the blue square near a green star . Describe what it rests on ? user assistant system"
+
+
+@functools.cache
+def vocabulary() -> Vocabulary:
+    return Vocabulary(train_tokenizer([WORDS], 300))
+
+
+@functools.cache
+def system() -> TraceVision:
+    words = vocabulary()
+    language = LanguageConfig(len(words.tokenizer), 32, 2, 4, 2, 8, 48, mrope_sections=(2, 1, 1))
+    vision = QwenVisionConfig(32, width=16, heads=4, mlp_width=32, groups=2, window_blocks=1, patch=4, window_units=2)
+    host = Qwen25VLConfig(
+        vision,
+        language,
+        image_token=words.special("<|image_pad|>"),
+        video_token=words.special("<|video_pad|>"),
+    )
+    decoder = PixelDecoderConfig(width=16, heads=2, mlp_width=32, token_hidden=16, grid=4, fine_upsamplings=1)
+    config = tracevision_config(
+        host,
+        len(words.tokenizer),
+        decoder,
+        tvp={"heads": 4, "mlp_width": 32},
+        processor={
+            "system_prompt": "",
+            "max_points": 6,
+            "slot_tokens": 64,
+            "vision": VisionInputConfig(
+                min_pixels=16 * 16,
+                max_pixels=32 * 32,
+                min_frames=2,
+                video_min_pixels=16 * 16,
+                video_max_pixels=32 * 32,
+                video_total_pixels=4 * 32 * 32,
+            ),
+        },
+    )
+    return TraceVision(config)
+
+
+@functools.cache
+def params():
+    """Drawn in numpy, which compiles nothing: matrices at gain 1.5, scales around 1."""
+    random = np.random.default_rng(0)
+
+    def draw(path, leaf) -> np.ndarray:
+        noise = random.standard_normal(leaf.shape, np.float32)
+        if path[-1].key == "scale":
+            return 1 + 0.3 * noise
+        return 0.1 * noise if leaf.ndim < 2 else 1.5 * noise / np.sqrt(leaf.shape[-2])
+
+    shapes = jax.eval_shape(system().init, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def engine() -> Engine:
+    return Engine(system().config, params(), vocabulary())
+
+
+@functools.cache
+def processor() -> Processor:
+    return Processor(vocabulary(), system().config.processor, lambda points, words, caption, size: points)
+
+
+def sample(seed: int, frames: int = 1, height: int = 16, width: int = 16) -> Sample:
+    pixels = np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), np.uint8)
+    return Sample(str(seed), "noise", pixels, frames_per_second=2.0 if frames > 1 else 0.0)
+
+
+def piece(seed: int, text: str = "a red circle ?", points: int = 0, **size: int) -> Piece:
+    random = np.random.default_rng(seed)
+    trace = [TracePart(random.random((points, 3)))] if points else []
+    asked = Conversation("trace_qa", (Turn("user", (text, *trace)),))
+    return processor().piece(sample(seed, **size), [asked], answer=False)
+
+
+def unlike_pieces() -> list[Piece]:
+    """Prompts with and without a trace, of several lengths, sizes of picture, and a video."""
+    return [
+        piece(0),
+        piece(1, points=3),
+        piece(2, "Describe what it rests on near the blue square and the green star ." * 3, points=5),
+        piece(3, height=24, width=32),
+        piece(4, "the star", points=2, frames=4, height=16, width=24),
+        piece(5, "", height=20, width=12, points=1),
+    ]

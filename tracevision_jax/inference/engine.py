@@ -1,0 +1,406 @@
+"""Batched answers: prompts of any sizes go in, typed answers come out in the same order.
+
+    engine = Engine(system.config, params, vocabulary)
+    pieces = [processor.piece(sample, [conversation], answer=False) for ...]
+    answers = engine.generate(pieces, max_new_tokens=64)
+
+Prompts are sorted into buckets (tokens, frames, windows, trajectory points) and padded, so that a program is
+compiled once a bucket; padding changes no answer. Of each batch the frames are encoded and fused with the
+traces (TVP) by one jitted program, `hosts/generation.py` writes the answers, and the pixel decoder makes the
+masks from the hidden states at the slots that follow each `[SEG]`. Under a mesh rows are split over `data`
+and `fsdp`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.hosts import generation
+from tracevision_jax.hosts.generation import ENDED, Generator
+from tracevision_jax.hosts.grammar import Grammar, answer_grammar
+from tracevision_jax.hosts.sampling import SamplingSettings, sampling_settings
+from tracevision_jax.inference.answers import Answer, AnswerPart, Mask, MaskPlace, read_tokens, readable
+from tracevision_jax.language.model import LanguageModel
+from tracevision_jax.layers.sharding import activation_sharding
+from tracevision_jax.parallel.mesh import BATCH_AXES, batch_sharding
+from tracevision_jax.parallel.rules import ACTIVATIONS
+from tracevision_jax.records.batch import Batch, Bucket
+from tracevision_jax.records.processor import Piece, collate
+from tracevision_jax.records.vocabulary import SLOTS, Vocabulary
+from tracevision_jax.systems.tracevision import TraceVisionConfig, TraceVisionModel
+
+LEAST_TOKENS, LEAST_POINTS = 64, 8
+MAX_ROWS = 64
+MASKS_AT_ONCE = 16
+"""Masks of a row that the pixel decoder makes in one call; more come in several."""
+STREAM_EVERY = 8
+"""Tokens between two reports of a stream."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; greedily by default."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    """0: no limit."""
+    top_p: float = 1.0
+    seed: int = 0
+    """Answer number i of a call draws with seed + i, whatever batch it is in."""
+
+    def of_rows(self, numbers: Sequence[int], rows: int) -> SamplingSettings:
+        """Settings of a batch whose first rows are the answers of these numbers."""
+        seeds = [self.seed + number for number in numbers] + [0] * (rows - len(numbers))
+        return sampling_settings(rows, self.temperature, self.top_k, self.top_p, seeds)
+
+
+class Encoded(NamedTuple):
+    """What one batch keeps between its programs."""
+
+    embeddings: Float[Array, "B T width"]
+    shallow: Float[Array, "B F places visual"]
+    deep: Float[Array, "B F places visual"]
+
+
+class _Plan(NamedTuple):
+    """A batch to be made: which prompts, in which bucket, of how many rows."""
+
+    numbers: tuple[int, ...]
+    bucket: Bucket
+    rows: int
+
+
+def bucket_size(needed: int, least: int = 1) -> int:
+    """The smallest allowed size that holds `needed`: four sizes an octave, from `least` up."""
+    if needed <= least:
+        return least
+    step = max(1, 2 ** math.ceil(math.log2(needed)) // 8)
+    return -(-needed // step) * step
+
+
+def bucket_of(piece: Piece, buckets: Sequence[Bucket] = ()) -> Bucket:
+    """The first of `buckets` with room for a prompt, or else one made for it."""
+    tokens, frames, windows, conversations, points, _ = piece.resources
+    if conversations != 1:
+        raise ValueError(f"a prompt holds one conversation, not {conversations}")
+    for bucket in buckets:
+        room = (bucket.tokens, bucket.frames, bucket.windows, bucket.points)
+        if all(need <= has for need, has in zip((tokens, frames, windows, points), room, strict=True)):
+            return dataclasses.replace(bucket, conversations=1, masks=0)
+    return Bucket(
+        tokens=bucket_size(tokens, LEAST_TOKENS),
+        frames=bucket_size(frames),
+        windows=bucket_size(windows),
+        conversations=1,
+        points=bucket_size(points, LEAST_POINTS),
+        masks=0,
+    )
+
+
+class Engine:
+    """A TraceVision model that answers; compiled once for each bucket that it meets."""
+
+    def __init__(
+        self,
+        config: TraceVisionConfig,
+        params: Any,
+        vocabulary: Vocabulary,
+        *,
+        mesh: Mesh | None = None,
+        grammar: Grammar | None = None,
+        buckets: Sequence[Bucket] = (),
+    ):
+        """
+        Args:
+            config: the system's configuration.
+            params: its parameters, laid out over the mesh where there is one.
+            vocabulary: tokens of the host and of the system.
+            mesh: devices to spread rows (and heads) over.
+            grammar: what an answer may look like; by default TraceVision's, with trajectories of at most as
+                many points as the processor makes.
+            buckets: preferred sizes, smallest first (their conversations and masks count for nothing); what
+                fits none gets a size of its own.
+
+        Raises:
+            UserError: the vocabulary is not the one that the configuration was made for.
+        """
+        language = config.host.language
+        if vocabulary.size != language.output_size or vocabulary.first_added != language.first_added:
+            raise UserError(
+                f"This is another tokenizer than the model's: it has {vocabulary.first_added} tokens and "
+                f"{vocabulary.size} with the added ones, the model has {language.first_added} and "
+                f"{language.output_size}."
+            )
+        # Slots serve training on rows of many conversations; here a row holds one.
+        processor = dataclasses.replace(config.processor, slot_tokens=0)
+        self.config = dataclasses.replace(config, processor=processor)
+        self.params, self.vocabulary, self.mesh, self.buckets = params, vocabulary, mesh, tuple(buckets)
+        grammar = answer_grammar(vocabulary, processor.max_points) if grammar is None else grammar
+        self.generator = Generator(LanguageModel(language), grammar, mesh, ACTIVATIONS)
+        model = TraceVisionModel(self.config)
+        self._encode = jax.jit(functools.partial(_encode, model))
+        self._maps = jax.jit(functools.partial(_maps, model))
+        self._decode_masks = jax.jit(functools.partial(_masks, model))
+
+    def generate(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        max_new_tokens: int | Sequence[int] = 256,
+        force: Sequence[int] | Sequence[Sequence[int]] = (),
+        sampling: Sampling = Sampling(),
+        rows: int | None = None,
+    ) -> list[Answer]:
+        """Answer prompts, in their order.
+
+        Args:
+            pieces: one conversation each, made with `answer=False`.
+            max_new_tokens: budget of all answers or of each, the end token included.
+            force: tokens that all answers begin with, or those of each.
+            sampling: how tokens are chosen.
+            rows: rows of every batch, the last one padded; by default as many as there are, up to `MAX_ROWS`.
+
+        Raises:
+            UserError: a budget that is too large, or a beginning that the grammar or budget excludes.
+        """
+        answers: dict[int, Answer] = {}
+        for numbers, batch in self.answer_batches(
+            pieces, max_new_tokens=max_new_tokens, force=force, sampling=sampling, rows=rows
+        ):
+            answers.update(zip(numbers, batch, strict=True))
+        return [answers[number] for number in range(len(pieces))]
+
+    def answer_batches(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        max_new_tokens: int | Sequence[int] = 256,
+        force: Sequence[int] | Sequence[Sequence[int]] = (),
+        sampling: Sampling = Sampling(),
+        rows: int | None = None,
+    ) -> Iterator[tuple[list[int], list[Answer]]]:
+        """`generate`, batch by batch as they come: (numbers of the prompts, their answers)."""
+        budgets = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (len(pieces),))
+        beginnings = _per_prompt(force, len(pieces))
+        for plan in self.plan(pieces, rows):
+            spare = plan.rows - len(plan.numbers)
+            batch, encoded = self._encoded([pieces[number] for number in plan.numbers], plan)
+            result = self.generator.generate(
+                self.params["host"]["language"],
+                encoded.embeddings,
+                batch.positions,
+                _lengths(pieces, plan),
+                max_new_tokens=[*(int(budgets[number]) for number in plan.numbers), *[0] * spare],
+                settings=sampling.of_rows(plan.numbers, plan.rows),
+                force=[*(beginnings[number] for number in plan.numbers), *[()] * spare],
+            )
+            made = self._answers(result, batch, encoded, [len(pieces[n].grid) for n in plan.numbers])
+            yield list(plan.numbers), made
+
+    def stream(
+        self,
+        piece: Piece,
+        on_text: Callable[[str], None],
+        *,
+        max_new_tokens: int = 256,
+        force: Sequence[int] = (),
+        sampling: Sampling = Sampling(),
+    ) -> Answer:
+        """`generate` for one prompt; `on_text` is handed the readable text bit by bit as it comes."""
+        plan = self.plan([piece], 1)[0]
+        batch, encoded = self._encoded([piece], plan)
+        parts = self.generator.stream(
+            self.params["host"]["language"],
+            encoded.embeddings,
+            batch.positions,
+            _lengths([piece], plan),
+            max_new_tokens=max_new_tokens,
+            settings=sampling.of_rows([0], plan.rows),
+            force=force,
+            every=STREAM_EVERY,
+        )
+        tokens: list[int] = []
+        said = ""
+        result = None
+        for part in parts:
+            tokens += part.tokens[0]
+            # A character of several tokens that is not complete yet decodes to U+FFFD.
+            text = readable(read_tokens(tokens, self.vocabulary)).lstrip()
+            if part.result is None:
+                text = text.rstrip("\ufffd")
+            if len(text) > len(said):
+                on_text(text[len(said) :])
+                said = text
+            result = part.result
+        assert result is not None
+        return self._answers(result, batch, encoded, [len(piece.grid)])[0]
+
+    def attention(self, piece: Piece) -> list[dict[str, Float[np.ndarray, "heads queries keys"]]]:
+        """Attention weights of each TVP block for one prompt, padding cut off.
+
+        "trace_to_vision" is (heads, frames * units, points), "vision_to_trace" (heads, points, frames *
+        units); units are in window order (`vision/windows.py`), with those outside the picture at 0.
+        """
+        plan = self.plan([piece], 1)[0]
+        with self._layouts():
+            maps = jax.device_get(self._maps(self.params, self._placed([piece], plan)))
+        frames, windows = piece.patches.shape[:2]
+        units = self.config.processor.vision.window_units**2
+        points = len(piece.conversations[0].points)
+
+        def cut(weights: np.ndarray, visual_axis: int) -> np.ndarray:
+            weights = np.moveaxis(weights[0], visual_axis, 0)
+            weights = weights.reshape(plan.bucket.frames, plan.bucket.windows * units, *weights.shape[1:])
+            weights = weights[:frames, : windows * units, :, :points]
+            return np.moveaxis(weights.reshape(-1, *weights.shape[2:]), 0, visual_axis)
+
+        axes = {"trace_to_vision": 1, "vision_to_trace": 2}
+        return [{name: cut(weights, axes[name]) for name, weights in block.items()} for block in maps]
+
+    def plan(self, pieces: Sequence[Piece], rows: int | None = None) -> list[_Plan]:
+        """Sort prompts into batches of one bucket each, the largest first, where memory runs out if ever."""
+        members: dict[Bucket, list[int]] = {}
+        for number, piece in enumerate(pieces):
+            members.setdefault(bucket_of(piece, self.buckets), []).append(number)
+        holders = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        plans = []
+        for bucket in sorted(members, reverse=True):
+            numbers = members[bucket]
+            size = rows or min(MAX_ROWS, 2 ** math.ceil(math.log2(len(numbers))))
+            size = -(-size // holders) * holders
+            plans += [
+                _Plan(tuple(numbers[first : first + size]), bucket, size) for first in range(0, len(numbers), size)
+            ]
+        return plans
+
+    def _encoded(self, pieces: Sequence[Piece], plan: _Plan) -> tuple[Batch, Encoded]:
+        batch = self._placed(pieces, plan)
+        with self._layouts():
+            return batch, self._encode(self.params, batch)
+
+    def _placed(self, pieces: Sequence[Piece], plan: _Plan) -> Batch:
+        """The batch of a plan on the devices, rows without a prompt empty."""
+        rows = [[piece] for piece in pieces] + [[]] * (plan.rows - len(pieces))
+        batch = collate(rows, plan.bucket, self.config.processor)
+        return jax.device_put(batch, None if self.mesh is None else batch_sharding(self.mesh))
+
+    def _layouts(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else activation_sharding(self.mesh, ACTIVATIONS)
+
+    def _answers(
+        self, result: generation.Generated, batch: Batch, encoded: Encoded, frames: Sequence[int]
+    ) -> list[Answer]:
+        """Typed answers of the rows that have a prompt, of so many frames each."""
+        ids = result.answers()[: len(frames)]
+        read = [read_tokens(tokens, self.vocabulary) for tokens in ids]
+        places = [[part.first_slot for part in parts if isinstance(part, MaskPlace)] for parts in read]
+        masks = self._masks(result, batch, encoded, places, frames)
+        finish, probabilities = np.asarray(result.finish), np.asarray(result.log_probabilities)
+        answers = []
+        for row, (tokens, parts) in enumerate(zip(ids, read, strict=True)):
+            made = iter(masks[row])
+            complete: list[AnswerPart] = [Mask(next(made)) if isinstance(part, MaskPlace) else part for part in parts]
+            answers.append(
+                Answer(
+                    tokens=tuple(tokens),
+                    parts=tuple(complete),
+                    log_probabilities=tuple(probabilities[row, : len(tokens)].tolist()),
+                    finished="end" if finish[row] == ENDED else "budget",
+                    written=self.vocabulary.decode(tokens),
+                )
+            )
+        return answers
+
+    def _masks(
+        self,
+        result: generation.Generated,
+        batch: Batch,
+        encoded: Encoded,
+        places: Sequence[Sequence[int]],
+        frames: Sequence[int],
+    ) -> list[list[Float[np.ndarray, "frames side side"]]]:
+        """Mask logits of every `[SEG]` of every row, on each frame of the row."""
+        wanted = [[(slot, frame) for slot in row for frame in range(n)] for row, n in zip(places, frames, strict=True)]
+        most = max((len(row) for row in wanted), default=0)
+        if not most:
+            return [[] for _ in places]
+        size = min(MASKS_AT_ONCE, 2 ** math.ceil(math.log2(most)))
+        rows = len(result.tokens)
+        slots = np.zeros((rows, -(-most // size) * size), np.int32)
+        frame = np.zeros_like(slots)
+        for row, pairs in enumerate(wanted):
+            for column, (slot, number) in enumerate(pairs):
+                slots[row, column], frame[row, column] = slot, number
+        chunks = []
+        for first in range(0, slots.shape[1], size):
+            here = slice(first, first + size)
+            with self._layouts():
+                made = self._decode_masks(
+                    self.params,
+                    encoded.shallow,
+                    encoded.deep,
+                    batch.grid,
+                    result.hidden,
+                    slots[:, here],
+                    frame[:, here],
+                )
+            chunks.append(np.asarray(made, np.float32))
+        logits = np.concatenate(chunks, axis=1)
+        return [
+            [logits[row, n * frames[row] : (n + 1) * frames[row]] for n in range(len(places[row]))]
+            for row in range(len(places))
+        ]
+
+
+def _encode(model: TraceVisionModel, params: Any, batch: Batch) -> Encoded:
+    context: Any = model.apply({"params": params}, batch, method="context")
+    return Encoded(context.embeddings, context.shallow, context.deep)
+
+
+def _maps(model: TraceVisionModel, params: Any, batch: Batch) -> list[dict[str, Array]]:
+    context: Any = model.apply({"params": params}, batch, method="context")
+    return context.maps
+
+
+def _masks(
+    model: TraceVisionModel,
+    params: Any,
+    shallow: Float[Array, "B F places visual"],
+    deep: Float[Array, "B F places visual"],
+    grid: Int[Array, "B F 2"],
+    hidden: Float[Array, "B new width"],
+    first_slots: Int[Array, "B K"],
+    frame: Int[Array, "B K"],
+) -> Float[Array, "B K side side"]:
+    """Mask logits from the hidden states at six slots each, from `first_slots` on."""
+    rows, count = first_slots.shape
+    index = (first_slots[..., None] + jnp.arange(SLOTS)).reshape(rows, count * SLOTS, 1)
+    seg = jnp.take_along_axis(hidden, index, axis=1).reshape(rows, count, SLOTS, -1)
+    return jnp.asarray(model.apply({"params": params}, shallow, deep, grid, seg, frame, method="masks"))
+
+
+def _lengths(pieces: Sequence[Piece], plan: _Plan) -> np.ndarray:
+    lengths = np.zeros(plan.rows, np.int32)
+    for row, number in enumerate(plan.numbers):
+        lengths[row] = len(pieces[number].conversations[0].tokens)
+    return lengths
+
+
+def _per_prompt(force: Sequence[int] | Sequence[Sequence[int]], prompts: int) -> list[tuple[int, ...]]:
+    """The forced beginning of each prompt."""
+    if not len(force) or np.ndim(force[0]) == 0:
+        return [tuple(int(token) for token in force)] * prompts  # pyright: ignore
+    if len(force) != prompts:
+        raise UserError(f"{len(force)} forced beginnings were given for {prompts} prompts")
+    return [tuple(beginning) for beginning in force]  # pyright: ignore
