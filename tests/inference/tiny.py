@@ -8,7 +8,7 @@ import numpy as np
 from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
 from tracevision_jax.inference.engine import Engine
 from tracevision_jax.language.config import LanguageConfig
-from tracevision_jax.records.processor import Piece, Processor
+from tracevision_jax.records.processor import Piece, Processor, Simplification
 from tracevision_jax.records.sample import Conversation, Sample, TracePart, Turn
 from tracevision_jax.records.vocabulary import Vocabulary, train_tokenizer
 from tracevision_jax.segmentation.pixel_decoder import PixelDecoderConfig
@@ -44,6 +44,7 @@ def system() -> TraceVision:
         processor={
             "system_prompt": "",
             "max_points": 6,
+            "simplification": Simplification("none"),
             "slot_tokens": 64,
             "vision": VisionInputConfig(
                 min_pixels=16 * 16,
@@ -80,7 +81,7 @@ def engine() -> Engine:
 
 @functools.cache
 def processor() -> Processor:
-    return Processor(vocabulary(), system().config.processor, lambda points, words, caption, size: points)
+    return Processor(vocabulary(), system().config.processor)
 
 
 def sample(seed: int, frames: int = 1, height: int = 16, width: int = 16) -> Sample:

@@ -2,17 +2,21 @@
 
     answer.text            # readable text, phrases in it
     answer.points          # the first trajectory, (n, 2) in [0, 1]
+    answer.masks           # (masks, frames, height, width) at the picture's own resolution
     answer.grounded        # phrases with the box and the mask that follow them
+    answer.as_json()       # all of it, masks as COCO run lengths
 
 Ids come from constrained decoding (`hosts/grammar.py`), so what is opened is closed.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from PIL import Image
 
 from tracevision_jax.records.vocabulary import SLOTS, Vocabulary
 from tracevision_jax.trajectory.tokens import END, START, from_bins, parse_digits
@@ -59,7 +63,8 @@ class Grounded(NamedTuple):
 
     phrase: str
     box: Float[np.ndarray, "4"] | None
-    mask: Float[np.ndarray, "frames side side"] | None
+    """As written; else around the mask, in the first frame that has some of it."""
+    mask: Bool[np.ndarray, "frames height width"] | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,10 @@ class Answer:
     """Whether the model ended the answer or its budget of tokens did."""
     written: str
     """The answer as the model wrote it, markers and coordinates included."""
+    size: tuple[int, int] | None = None
+    """(height, width) in pixels at which masks are given; None: the decoder's own grid."""
+    frame_times: tuple[float, ...] = (0.0,)
+    """Seconds at which the frames begin that masks are of."""
 
     @property
     def text(self) -> str:
@@ -109,14 +118,23 @@ class Answer:
         return [part.text for part in self.parts if isinstance(part, Phrase)]
 
     @property
-    def masks(self) -> list[Float[np.ndarray, "frames side side"]]:
-        """Logits of all masks."""
+    def mask_logits(self) -> list[Float[np.ndarray, "_ side side"]]:
+        """Logits of all masks on the decoder's grid."""
         return [part.logits for part in self.parts if isinstance(part, Mask)]
+
+    @functools.cached_property
+    def masks(self) -> Bool[np.ndarray, "masks frames height width"]:
+        """All masks, at the size of the picture where it is known."""
+        frames = len(self.frame_times)
+        if not self.mask_logits:
+            return np.zeros((0, frames, *(self.size or (0, 0))), bool)
+        return np.stack([binary_mask(logits, self.size) for logits in self.mask_logits])
 
     @property
     def grounded(self) -> list[Grounded]:
         """A line for each phrase, and for each box or mask that stands without one."""
         lines: list[Grounded] = []
+        masks = iter(self.masks)
         for part in self.parts:
             if isinstance(part, Phrase):
                 lines.append(Grounded(part.text, None, None))
@@ -127,8 +145,61 @@ class Answer:
             elif isinstance(part, Mask):
                 if not lines or lines[-1].mask is not None:
                     lines.append(Grounded("", None, None))
-                lines[-1] = lines[-1]._replace(mask=part.logits)
-        return lines
+                lines[-1] = lines[-1]._replace(mask=next(masks))
+        return [
+            line._replace(box=box_of_mask(line.mask)) if line.box is None and line.mask is not None else line
+            for line in lines
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as JSON values, coordinates in [0, 1], masks as COCO run lengths of each frame."""
+        return {
+            "text": self.text,
+            "written": self.written,
+            "finished": self.finished,
+            "trajectories": [points.tolist() for points in self.trajectories],
+            "boxes": self.boxes.tolist(),
+            "grounded": [
+                {
+                    "phrase": line.phrase,
+                    "box": None if line.box is None else line.box.tolist(),
+                    "mask": None if line.mask is None else [run_lengths(frame) for frame in line.mask],
+                }
+                for line in self.grounded
+            ],
+            "frame_times": list(self.frame_times),
+            "log_probability": float(sum(self.log_probabilities)),
+            "tokens": len(self.tokens),
+        }
+
+
+def binary_mask(
+    logits: Float[np.ndarray, "frames side side"], size: tuple[int, int] | None
+) -> Bool[np.ndarray, "frames height width"]:
+    """Where logits are positive, after bilinear interpolation to `size` = (height, width) pixels."""
+    if size is None:
+        return logits > 0
+    height, width = size
+    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in logits]
+    return np.stack([np.asarray(p.resize((width, height), Image.Resampling.BILINEAR)) > 0 for p in planes])
+
+
+def box_of_mask(mask: Bool[np.ndarray, "frames height width"]) -> Float[np.ndarray, "4"] | None:
+    """The box (x1, y1, x2, y2) in [0, 1] around the first frame's mask that is not empty."""
+    for frame in mask:
+        rows, columns = np.flatnonzero(frame.any(axis=1)), np.flatnonzero(frame.any(axis=0))
+        if len(rows):
+            height, width = frame.shape
+            return np.array([columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height])
+    return None
+
+
+def run_lengths(mask: Bool[np.ndarray, "height width"]) -> dict[str, Any]:
+    """A mask as COCO's run lengths {"size": [height, width], "counts": text}."""
+    from pycocotools import mask as coco
+
+    encoded = coco.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
 def readable(parts: Sequence[AnswerPart | MaskPlace]) -> str:

@@ -103,7 +103,7 @@ def bucket_of(piece: Piece, buckets: Sequence[Bucket] = ()) -> Bucket:
         frames=bucket_size(frames),
         windows=bucket_size(windows),
         conversations=1,
-        points=bucket_size(points, LEAST_POINTS),
+        points=bucket_size(points, LEAST_POINTS) if points else 0,
         masks=0,
     )
 
@@ -175,13 +175,11 @@ class Engine:
             UserError: a budget that is too large, or a beginning that the grammar or budget excludes.
         """
         answers: dict[int, Answer] = {}
-        for numbers, batch in self.answer_batches(
-            pieces, max_new_tokens=max_new_tokens, force=force, sampling=sampling, rows=rows
-        ):
-            answers.update(zip(numbers, batch, strict=True))
+        for batch in self.batches(pieces, max_new_tokens=max_new_tokens, force=force, sampling=sampling, rows=rows):
+            answers.update(batch)
         return [answers[number] for number in range(len(pieces))]
 
-    def answer_batches(
+    def batches(
         self,
         pieces: Sequence[Piece],
         *,
@@ -189,8 +187,8 @@ class Engine:
         force: Sequence[int] | Sequence[Sequence[int]] = (),
         sampling: Sampling = Sampling(),
         rows: int | None = None,
-    ) -> Iterator[tuple[list[int], list[Answer]]]:
-        """`generate`, batch by batch as they come: (numbers of the prompts, their answers)."""
+    ) -> Iterator[dict[int, Answer]]:
+        """`generate`, batch by batch as they come: {number of the prompt: its answer}."""
         budgets = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (len(pieces),))
         beginnings = _per_prompt(force, len(pieces))
         for plan in self.plan(pieces, rows):
@@ -205,8 +203,8 @@ class Engine:
                 settings=sampling.of_rows(plan.numbers, plan.rows),
                 force=[*(beginnings[number] for number in plan.numbers), *[()] * spare],
             )
-            made = self._answers(result, batch, encoded, [len(pieces[n].grid) for n in plan.numbers])
-            yield list(plan.numbers), made
+            asked = [pieces[number] for number in plan.numbers]
+            yield dict(zip(plan.numbers, self._answers(result, batch, encoded, asked), strict=True))
 
     def stream(
         self,
@@ -244,7 +242,7 @@ class Engine:
                 said = text
             result = part.result
         assert result is not None
-        return self._answers(result, batch, encoded, [len(piece.grid)])[0]
+        return self._answers(result, batch, encoded, [piece])[0]
 
     def attention(self, piece: Piece) -> list[dict[str, Float[np.ndarray, "heads queries keys"]]]:
         """Attention weights of each TVP block for one prompt, padding cut off.
@@ -299,13 +297,13 @@ class Engine:
         return contextlib.nullcontext() if self.mesh is None else activation_sharding(self.mesh, ACTIVATIONS)
 
     def _answers(
-        self, result: generation.Generated, batch: Batch, encoded: Encoded, frames: Sequence[int]
+        self, result: generation.Generated, batch: Batch, encoded: Encoded, pieces: Sequence[Piece]
     ) -> list[Answer]:
-        """Typed answers of the rows that have a prompt, of so many frames each."""
-        ids = result.answers()[: len(frames)]
+        """Typed answers of the rows that have a prompt."""
+        ids = result.answers()[: len(pieces)]
         read = [read_tokens(tokens, self.vocabulary) for tokens in ids]
         places = [[part.first_slot for part in parts if isinstance(part, MaskPlace)] for parts in read]
-        masks = self._masks(result, batch, encoded, places, frames)
+        masks = self._masks(result, batch, encoded, places, [len(piece.grid) for piece in pieces])
         finish, probabilities = np.asarray(result.finish), np.asarray(result.log_probabilities)
         answers = []
         for row, (tokens, parts) in enumerate(zip(ids, read, strict=True)):
@@ -318,6 +316,7 @@ class Engine:
                     log_probabilities=tuple(probabilities[row, : len(tokens)].tolist()),
                     finished="end" if finish[row] == ENDED else "budget",
                     written=self.vocabulary.decode(tokens),
+                    frame_times=tuple(pieces[row].frame_times.tolist()),
                 )
             )
         return answers
