@@ -6,7 +6,7 @@ import numpy as np
 from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
 from tracevision_jax.language.config import LanguageConfig
 from tracevision_jax.records.batch import Batch, Bucket
-from tracevision_jax.records.processor import empty_batch
+from tracevision_jax.records.collate import empty_batch
 from tracevision_jax.segmentation.pixel_decoder import PixelDecoderConfig
 from tracevision_jax.systems.tracevision import TraceVision, tracevision_config
 from tracevision_jax.vision.config import QwenVisionConfig

@@ -31,12 +31,14 @@ from tracevision_jax.hosts.generation import ENDED, Generator
 from tracevision_jax.hosts.grammar import Grammar, answer_grammar
 from tracevision_jax.hosts.sampling import SamplingSettings, sampling_settings
 from tracevision_jax.inference.answers import Answer, AnswerPart, Mask, MaskPlace, read_tokens, readable
+from tracevision_jax.inference.attention import BlockAttention, block_attention
 from tracevision_jax.language.model import LanguageModel
 from tracevision_jax.layers.sharding import activation_sharding
 from tracevision_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from tracevision_jax.parallel.rules import ACTIVATIONS
 from tracevision_jax.records.batch import Batch, Bucket
-from tracevision_jax.records.processor import Piece, collate
+from tracevision_jax.records.collate import collate
+from tracevision_jax.records.processor import Piece
 from tracevision_jax.records.vocabulary import SLOTS, Vocabulary
 from tracevision_jax.systems.tracevision import TraceVisionConfig, TraceVisionModel
 
@@ -244,27 +246,13 @@ class Engine:
         assert result is not None
         return self._answers(result, batch, encoded, [piece])[0]
 
-    def attention(self, piece: Piece) -> list[dict[str, Float[np.ndarray, "heads queries keys"]]]:
-        """Attention weights of each TVP block for one prompt, padding cut off.
-
-        "trace_to_vision" is (heads, frames * units, points), "vision_to_trace" (heads, points, frames *
-        units); units are in window order (`vision/windows.py`), with those outside the picture at 0.
-        """
+    def attention(self, piece: Piece) -> list[BlockAttention]:
+        """Attention maps of each TVP block for one prompt; none for a prompt without a trace."""
         plan = self.plan([piece], 1)[0]
+        vision = self.config.processor.vision
         with self._layouts():
             maps = jax.device_get(self._maps(self.params, self._placed([piece], plan)))
-        frames, windows = piece.patches.shape[:2]
-        units = self.config.processor.vision.window_units**2
-        points = len(piece.conversations[0].points)
-
-        def cut(weights: np.ndarray, visual_axis: int) -> np.ndarray:
-            weights = np.moveaxis(weights[0], visual_axis, 0)
-            weights = weights.reshape(plan.bucket.frames, plan.bucket.windows * units, *weights.shape[1:])
-            weights = weights[:frames, : windows * units, :, :points]
-            return np.moveaxis(weights.reshape(-1, *weights.shape[2:]), 0, visual_axis)
-
-        axes = {"trace_to_vision": 1, "vision_to_trace": 2}
-        return [{name: cut(weights, axes[name]) for name, weights in block.items()} for block in maps]
+        return block_attention(maps, piece, plan.bucket.windows * vision.window_units**2, vision)
 
     def plan(self, pieces: Sequence[Piece], rows: int | None = None) -> list[_Plan]:
         """Sort prompts into batches of one bucket each, the largest first, where memory runs out if ever."""

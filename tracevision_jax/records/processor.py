@@ -1,8 +1,7 @@
-"""The processor: a sample and its conversations become arrays (`Piece`); rows of pieces become a `Batch`.
+"""The processor: a sample and its conversations become arrays, a `Piece`, which `collate.py` places in a row.
 
     processor = Processor(vocabulary, config)
     piece = processor.piece(sample, [templates.build(sample, task, rng) for task in tasks])
-    batch = collate([[piece], [other]], bucket, processor.config)
 
 The chat layout is Qwen2.5-VL's. Conversations about one sample share its frames; each repeats the visual tokens in
 the row. A trace that the user shows enters the TVP and the text; one that the assistant gives is only text.
@@ -11,27 +10,24 @@ the row. A trace that the user shows enters the TVP and the text; one that the a
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.language.mrope import VisualSpan, mrope_positions
-from tracevision_jax.records.batch import Batch, Bucket
 from tracevision_jax.records.sample import (
     BoxPart,
     Conversation,
     MaskPart,
     PhrasePart,
     Sample,
-    TimedWord,
     TracePart,
 )
+from tracevision_jax.records.simplification import Simplification, simplify_trace
 from tracevision_jax.records.vocabulary import SLOTS, CoordinateFormat, Vocabulary
 from tracevision_jax.trajectory.checks import check_trace
 from tracevision_jax.trajectory.phrases import PhraseProvider, RubricPhrases
-from tracevision_jax.trajectory.simplify import BASE_EPSILON_PX, plain, simplify, to_count
 from tracevision_jax.trajectory.tokens import format_digits
 from tracevision_jax.vision.preprocess import (
     VisionInputConfig,
@@ -40,42 +36,6 @@ from tracevision_jax.vision.preprocess import (
     sample_frames,
 )
 from tracevision_jax.vision.windows import raster_units
-
-
-@dataclasses.dataclass(frozen=True)
-class Simplification:
-    """How recorded traces become keypoints (Sec. 3.2.3, App. E)."""
-
-    method: Literal["semantic", "plain", "uniform", "none"] = "semantic"
-    epsilon_px: float = BASE_EPSILON_PX
-    """Tolerance of a phrase of importance 5, or of the whole trace where it has no words or the method is plain."""
-    keypoints: int = 0
-    """Exactly so many keypoints instead of a tolerance; needed for "uniform"."""
-
-    def __post_init__(self):
-        if self.method == "uniform" and self.keypoints < 1:
-            raise UserError("Simplification 'uniform' needs a number of keypoints.")
-
-
-def simplify_trace(
-    points: np.ndarray,
-    words: Sequence[TimedWord],
-    size: tuple[int, int],
-    how: Simplification,
-    phrases: PhraseProvider,
-) -> np.ndarray:
-    """Keypoints (m, 3) of checked points (n, 3); `size` is (height, width) in pixels."""
-    caption = " ".join(word.text for word in words)
-    if how.method == "none":
-        return points
-    if how.keypoints:
-        spoken = how.method == "semantic" and words
-        method = how.method if spoken or how.method != "semantic" else "plain"
-        found = phrases.phrases(caption) if spoken else None
-        return to_count(points, method, how.keypoints, size, words, caption, found)
-    if how.method == "semantic" and words:
-        return simplify(points, words, caption, size, phrases.phrases(caption), how.epsilon_px)
-    return plain(points, size, how.epsilon_px)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +133,7 @@ class Frames:
 class Processor:
     """Lays out conversations as token rows; stateless but for its vocabulary and configuration."""
 
-    def __init__(
-        self, vocabulary: Vocabulary, config: ProcessorConfig, phrases: PhraseProvider | None = None
-    ):
+    def __init__(self, vocabulary: Vocabulary, config: ProcessorConfig, phrases: PhraseProvider | None = None):
         if vocabulary.coordinates != config.coordinates:
             raise UserError(
                 f"The vocabulary writes coordinates as '{vocabulary.coordinates}', the processor as "
@@ -210,9 +168,7 @@ class Processor:
             video = preprocess_video(sample.frames, sample.frames_per_second, config)
             chosen = sample_frames(len(sample.frames), sample.frames_per_second, config)
             span = VisualSpan(len(video.grid), *video.grid[0].tolist(), video.seconds_per_frame)
-            return Frames(
-                video.values, video.grid, video.frame_times, [span], chosen[:: config.temporal_patch]
-            )
+            return Frames(video.values, video.grid, video.frame_times, [span], chosen[:: config.temporal_patch])
         stills = [preprocess_image(frame, config) for frame in sample.frames]
         return Frames(
             np.concatenate([still.values for still in stills]),
@@ -264,9 +220,7 @@ class Processor:
             point=np.asarray(writer.point, np.int32),
             positions=positions,
             points=np.concatenate(writer.points) if writer.points else np.zeros((0, 3)),
-            point_trace=np.repeat(np.arange(len(writer.points)) + 1, [len(p) for p in writer.points]).astype(
-                np.int32
-            ),
+            point_trace=np.repeat(np.arange(len(writer.points)) + 1, [len(p) for p in writer.points]).astype(np.int32),
             mask_frame=writer.mask_frame,
             mask_target=writer.mask_target,
             mask_slots=writer.mask_slots,
@@ -329,9 +283,7 @@ class _Writer:
         first = 0
         for span in self.shown.spans:
             self.special("<|vision_start|>")
-            row, col = np.divmod(
-                np.arange(span.tokens(config.merge) // span.frames), span.cols // config.merge
-            )
+            row, col = np.divmod(np.arange(span.tokens(config.merge) // span.frames), span.cols // config.merge)
             units = raster_units(row, col, span.cols, config.window_units, config.merge).tolist()
             for frame in range(first, first + span.frames):
                 start = len(self.tokens)
@@ -400,103 +352,3 @@ def shrink_mask(mask: np.ndarray, size: int) -> np.ndarray:
     """A boolean mask as area shares on a (size, size) grid stretched over the whole image, float32."""
     image = Image.fromarray(np.asarray(mask, np.uint8) * 255)
     return np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32) / 255.0
-
-
-def collate(rows: Sequence[Sequence[Piece]], bucket: Bucket, config: ProcessorConfig) -> Batch:
-    """Place rows of pieces into the arrays of a bucket; an empty row has no weight at all.
-
-    Raises:
-        ValueError: a row does not fit the bucket.
-    """
-    batch = empty_batch(len(rows), bucket, config)
-    for row, pieces in enumerate(rows):
-        _place(batch, row, pieces, bucket, config)
-    return batch
-
-
-def empty_batch(rows: int, bucket: Bucket, config: ProcessorConfig) -> Batch:
-    """A batch of padding."""
-    b, t, f, c = rows, bucket.tokens, bucket.frames, bucket.conversations
-    p, k, m, w = bucket.points, bucket.masks, config.mask_size, bucket.windows
-    vision = config.vision
-    slots = vision.window_patches**2
-    i32, f32 = np.int32, np.float32
-    return Batch(
-        tokens=np.zeros((b, t), i32),
-        segments=np.zeros((b, t), i32),
-        positions=np.zeros((b, t, 3), i32),
-        targets=np.zeros((b, t), i32),
-        target_weights=np.zeros((b, t), f32),
-        visual_index=np.full((b, t), -1, i32),
-        point_index=np.full((b, t), -1, i32),
-        patches=np.zeros((b, f, w, slots, vision.patch_dim), f32),
-        grid=np.zeros((b, f, 2), i32),
-        frame_times=np.zeros((b, f), f32),
-        frame_owner=np.zeros((b, c, f), bool),
-        points=np.zeros((b, c, p, 3), f32),
-        point_trace=np.zeros((b, c, p), i32),
-        masks=np.zeros((b, k, m, m), f32),
-        mask_frame=np.zeros((b, k), i32),
-        mask_group=np.zeros((b, k), i32),
-        mask_slots=np.zeros((b, k, SLOTS), i32),
-    )
-
-
-def _place(batch: Batch, row: int, pieces: Sequence[Piece], bucket: Bucket, config: ProcessorConfig) -> None:
-    """Write the pieces of one row; the arrays are numpy here and filled in place."""
-    units = bucket.windows * config.vision.window_units**2
-    room = config.slot_tokens
-    token = frame = conversation = mask = group = 0
-    for piece in pieces:
-        frames = len(piece.grid)
-        _check_room(piece, bucket, config, (token, frame, 0, conversation, 0, mask))
-        span = slice(frame, frame + frames)
-        batch.patches[row, span, : piece.patches.shape[1]] = piece.patches
-        batch.grid[row, span] = piece.grid
-        batch.frame_times[row, span] = piece.frame_times
-        for encoded in piece.conversations:
-            n = len(encoded.tokens)
-            token = conversation * room if room else token
-            here = slice(token, token + n)
-            batch.tokens[row, here] = encoded.tokens
-            batch.segments[row, here] = conversation + 1
-            batch.positions[row, here] = encoded.positions
-            batch.targets[row, token : token + n - 1] = encoded.tokens[1:]
-            batch.target_weights[row, token : token + n - 1] = encoded.learn[1:]
-            place = (conversation * bucket.frames + frame + encoded.visual[:, 0]) * units + encoded.visual[
-                :, 1
-            ]
-            batch.visual_index[row, here] = np.where(encoded.visual[:, 0] >= 0, place, -1)
-            batch.point_index[row, here] = np.where(
-                encoded.point >= 0, conversation * bucket.points + encoded.point, -1
-            )
-            batch.frame_owner[row, conversation, span] = True
-            batch.points[row, conversation, : len(encoded.points)] = encoded.points
-            batch.point_trace[row, conversation, : len(encoded.points)] = encoded.point_trace
-            for index, target in enumerate(encoded.mask_target):
-                batch.masks[row, mask] = target
-                batch.mask_frame[row, mask] = frame + encoded.mask_frame[index]
-                batch.mask_group[row, mask] = group + encoded.mask_frame[index] + 1
-                batch.mask_slots[row, mask] = token + encoded.mask_slots[index]
-                mask += 1
-            group += frames
-            token += n
-            conversation += 1
-        frame += frames
-    learned, most = int((batch.target_weights[row] > 0).sum()), config.learned_tokens(bucket.tokens)
-    if learned > most:
-        raise ValueError(f"a row has {learned} tokens to learn, its bucket takes {most} (learned_share)")
-
-
-def _check_room(piece: Piece, bucket: Bucket, config: ProcessorConfig, taken: tuple[int, ...]) -> None:
-    """Raise ValueError where a piece does not fit what is left of its bucket's row."""
-    needed = list(piece.resources)
-    longest = max((len(c.tokens) for c in piece.conversations), default=0)
-    if config.slot_tokens:
-        if longest > config.slot_tokens:
-            raise ValueError(f"a conversation has {longest} tokens, its slot of the row {config.slot_tokens}")
-        needed[0], taken = 0, (0, *taken[1:])
-    names = (field.name for field in dataclasses.fields(Bucket))
-    for name, used, more, room in zip(names, taken, needed, dataclasses.astuple(bucket), strict=True):
-        if used + more > room:
-            raise ValueError(f"a row needs {used + more} {name}, its bucket has {room} ({bucket})")

@@ -20,7 +20,8 @@ from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.nearest import suggest
 from tracevision_jax.ops.cross_entropy import learned_first, token_cross_entropy
 from tracevision_jax.records.batch import Batch, Bucket
-from tracevision_jax.records.processor import ProcessorConfig, empty_batch
+from tracevision_jax.records.collate import empty_batch
+from tracevision_jax.records.processor import ProcessorConfig
 from tracevision_jax.records.vocabulary import BINS, SLOTS
 from tracevision_jax.segmentation.losses import dice_per_mask, refinement_per_mask
 from tracevision_jax.segmentation.pixel_decoder import PixelDecoder, PixelDecoderConfig
