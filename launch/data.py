@@ -145,9 +145,7 @@ def _build(args: Build) -> int:
     from data_loaders.tfds_builders.narratives import VERSION, NarrativeInput, narrative_features
 
     if args.name not in BUILT:
-        raise UserError(
-            f"no dataset '{args.name}' to build.{suggest(args.name, BUILT)} Known: {', '.join(BUILT)}"
-        )
+        raise UserError(f"no dataset '{args.name}' to build.{suggest(args.name, BUILT)} Known: {', '.join(BUILT)}")
     if args.shard_records < 1 or args.workers < 0:
         raise UserError("--shard-records must be at least 1, and --workers at least 0")
     if any(re.match(r"\w+:/", str(folder)) for folder in (args.to, args.from_)):
@@ -171,9 +169,7 @@ def _build(args: Build) -> int:
             console,
         )
         left_out = f"; {built.bad:,} left out, see {target.bad_records(split)}" if built.bad else ""
-        print(
-            f"{split}: {built.records:,} records, {built.shards} files, {built.bytes / 1e6:,.1f} MB{left_out}"
-        )
+        print(f"{split}: {built.records:,} records, {built.shards} files, {built.bytes / 1e6:,.1f} MB{left_out}")
     print(f"{args.name} is in {target.folder}: tfds.data_source('{args.name}', data_dir='{args.to}')")
     return 0
 
@@ -245,9 +241,7 @@ def _open(args: Show) -> "Source":
         found = narrative_files(path, args.dataset)
         if args.split not in found:
             raise UserError(f"no {args.split} split in {path}: it has {', '.join(found)}")
-        return LocalizedNarratives(
-            [str(file) for file in found[args.split]], args.images or path, args.dataset
-        )
+        return LocalizedNarratives([str(file) for file in found[args.split]], args.images or path, args.dataset)
     return TfdsNarratives(path, args.split)
 
 
@@ -264,9 +258,7 @@ def _drawn(sample: "Sample"):
         masks = [region.mask[number] for region in sample.regions if region.mask is not None]
         picture = overlay_masks(frame, np.stack(masks)) if masks else frame
         if sample.regions:
-            picture = draw_boxes(
-                picture, np.stack([region.box[number] for region in sample.regions]), phrases
-            )
+            picture = draw_boxes(picture, np.stack([region.box[number] for region in sample.regions]), phrases)
         frames.append(picture)
     points = np.concatenate([np.zeros((0, 3)), *sample.strokes])
     if len(frames) == 1:

@@ -54,9 +54,7 @@ class LengthIndex:
         part = file.with_name(f".{file.name}.{os.getpid()}.part")
         with open(part, "wb") as stream:
             names = np.array([" ".join(sorted(tasks)) for tasks in self._task_sets], np.str_)
-            np.savez_compressed(
-                stream, allow_pickle=False, tasks=self._tasks, task_sets=names, **self._columns
-            )
+            np.savez_compressed(stream, allow_pickle=False, tasks=self._tasks, task_sets=names, **self._columns)
         os.replace(part, file)
 
     @classmethod
@@ -71,9 +69,7 @@ class LengthIndex:
                 columns = {name: kept[name] for name in COLUMNS}
                 return cls(columns, kept["tasks"], kept["task_sets"].tolist())
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(
-                f"the length index {file} cannot be read ({error}): build the dataset again"
-            ) from error
+            raise UserError(f"the length index {file} cannot be read ({error}): build the dataset again") from error
 
     @classmethod
     def joined(cls, parts: Sequence["LengthIndex"]) -> "LengthIndex":

@@ -90,9 +90,7 @@ class LocalizedNarratives:
             hint = suggest(self.dataset, DATASETS)
             raise UserError(f"no dataset '{self.dataset}'.{hint} Known: {', '.join(DATASETS)}")
         if not Path(self.images).is_dir():
-            raise UserError(
-                f"no folder of images {self.images}: give the folder that holds the {self.dataset} images"
-            )
+            raise UserError(f"no folder of images {self.images}: give the folder that holds the {self.dataset} images")
         given = [self.annotations] if isinstance(self.annotations, str | Path) else list(self.annotations)
         files = tuple(file for pattern in given for file in _matching(str(pattern)))
         if not files:
@@ -106,11 +104,7 @@ class LocalizedNarratives:
 
     def __getstate__(self):
         # Indices are left out when a worker process receives the source: it loads the kept ones.
-        return {
-            key: value
-            for key, value in self.__dict__.items()
-            if key not in ("_indices", "_ends", "_sidecars")
-        }
+        return {key: value for key, value in self.__dict__.items() if key not in ("_indices", "_ends", "_sidecars")}
 
     def __setstate__(self, state):
         self.__dict__.update(state)

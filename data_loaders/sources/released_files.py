@@ -14,9 +14,7 @@ from tracevision_jax.errors import UserError
 from tracevision_jax.nearest import suggest
 
 SPLIT_OF = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-NAME = re.compile(
-    r"(?P<dataset>[a-z0-9_]+?)_(?P<split>train|validation|val|test)(_v6)?_localized_narratives.*\.jsonl"
-)
+NAME = re.compile(r"(?P<dataset>[a-z0-9_]+?)_(?P<split>train|validation|val|test)(_v6)?_localized_narratives.*\.jsonl")
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.jsonl$")
 DEPTH = ("", "*/", "*/*/")
 """The folder itself, and two levels below it."""

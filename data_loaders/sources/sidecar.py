@@ -66,9 +66,7 @@ def decode_sidecar(line: bytes, image_id: str) -> tuple[tuple[Region, ...], tupl
 def encode_masks(masks: Bool[np.ndarray, "frames height width"]) -> list[dict]:
     """COCO RLE of each frame."""
     encoded: Any = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
-    return [
-        {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()} for rle in encoded
-    ]
+    return [{"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()} for rle in encoded]
 
 
 def decode_masks(encoded: list[dict]) -> Bool[np.ndarray, "frames height width"]:
@@ -97,16 +95,12 @@ def _decode_region(value: dict) -> Region:
 
 
 def _encode_question(question: Question) -> dict:
-    turns = [
-        {"role": turn.role, "parts": [_encode_part(part) for part in turn.parts]} for turn in question.turns
-    ]
+    turns = [{"role": turn.role, "parts": [_encode_part(part) for part in turn.parts]} for turn in question.turns]
     return {"kind": question.kind, "turns": turns}
 
 
 def _decode_question(value: dict) -> Question:
-    turns = [
-        Turn(turn["role"], tuple(_decode_part(part) for part in turn["parts"])) for turn in value["turns"]
-    ]
+    turns = [Turn(turn["role"], tuple(_decode_part(part) for part in turn["parts"])) for turn in value["turns"]]
     return Question(tuple(turns), value["kind"])
 
 

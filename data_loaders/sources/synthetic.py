@@ -25,9 +25,8 @@ class _UndrawnScene(Scene):
         frames = np.broadcast_to(np.zeros((), np.uint8), (*size, 3))
         return frames, np.broadcast_to(np.zeros((), bool), (len(self.layout.objects), *size))
 
-    @cached_property
-    def boxes(self):
-        return np.zeros((len(self.layout.objects), self.config.frames, 4))
+    def box(self, number):
+        return np.zeros((self.config.frames, 4))
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,8 @@ class TfdsNarratives:
             object.__setattr__(self, "folder", folder / VERSION)
         elif folder.is_dir() and not (folder / "build.json").exists():
             near = sorted(path.parent.parent.name for path in folder.glob(f"*/{VERSION}/build.json"))
-            listed = (
-                f" It holds the datasets {', '.join(near)}: name one, as {folder / near[0]}." if near else ""
-            )
-            raise UserError(
-                f"{folder} is no dataset of version {VERSION} that `tracevision data build` made.{listed}"
-            )
+            listed = f" It holds the datasets {', '.join(near)}: name one, as {folder / near[0]}." if near else ""
+            raise UserError(f"{folder} is no dataset of version {VERSION} that `tracevision data build` made.{listed}")
         splits = self._state["splits"]
         if "finished" not in splits.get(self.split, {}):
             done = [name for name, entry in splits.items() if "finished" in entry]
@@ -58,9 +54,7 @@ class TfdsNarratives:
                     "`tracevision data build` again, which continues it"
                 )
             hint = suggest(self.split, done)
-            raise UserError(
-                f"no split '{self.split}' in {self.folder}.{hint} It has: {', '.join(done) or 'none'}"
-            )
+            raise UserError(f"no split '{self.split}' in {self.folder}.{hint} It has: {', '.join(done) or 'none'}")
 
     @cached_property
     def _state(self) -> dict:

@@ -97,9 +97,7 @@ class SceneConfig:
         for field, low in (("height", 16), ("width", 16), ("objects", 1), ("named", 1)):
             first, last = getattr(self, field)
             if not low <= first <= last:
-                raise UserError(
-                    f"scene {field} is {first} to {last}: give a range (smallest, largest) from {low} up"
-                )
+                raise UserError(f"scene {field} is {first} to {last}: give a range (smallest, largest) from {low} up")
         known = {
             "colours": tuple(COLOURS),
             "shapes": SHAPES,

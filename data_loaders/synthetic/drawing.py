@@ -47,8 +47,8 @@ def draw(
 
 @lru_cache(maxsize=1)
 def _grain() -> Float[np.ndarray, "512 512"]:
-    """A fixed tile of film grain, cut at random places: fresh noise would cost more than all the rest."""
-    return np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32)
+    """A fixed tile of film grain around 1: fresh noise would cost more than all the rest of a drawing."""
+    return 1 + np.float32(0.012) * np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32)
 
 
 @lru_cache(maxsize=64)
@@ -61,11 +61,7 @@ def _stretch(cells: int, length: int) -> Float[np.ndarray, "length cells"]:
 
 def _clouds(height: int, width: int, cells: int, random) -> Float[np.ndarray, "height width"]:
     """Smooth noise of about unit spread."""
-    return (
-        _stretch(cells, height)
-        @ random.standard_normal((cells, cells), dtype=np.float32)
-        @ _stretch(cells, width).T
-    )
+    return _stretch(cells, height) @ random.standard_normal((cells, cells), dtype=np.float32) @ _stretch(cells, width).T
 
 
 def _background(height: int, width: int, config: SceneConfig, random) -> Picture:
@@ -86,28 +82,40 @@ def _background(height: int, width: int, config: SceneConfig, random) -> Picture
         blend = np.clip(edge, 0, 1)
         # The ground darkens towards the viewer and the sky towards the zenith.
         blend = blend * (0.8 + 0.25 * down) + (1 - blend) * 0.25 * (1 - down)
-    top, left = random.integers(0, 512, 2)
-    rows, columns = (top + np.arange(height)) % 512, (left + np.arange(width)) % 512
-    light = 1 + 0.012 * _grain()[rows[:, None], columns]
-    blend = np.clip(blend, 0, 1)[..., None]
-    return (first + blend * (second - first)) * light[..., None]
+    picture = np.clip(blend, 0, 1)[..., None] * (second - first)
+    picture += first
+    picture *= _light(height, width, random)[..., None]
+    return picture
+
+
+def _light(height: int, width: int, random) -> Float[np.ndarray, "height width"]:
+    """Brightness with film grain, cut at a random place of the tile."""
+    tile = _grain()
+    side = len(tile)
+    if max(height, width) > side:
+        tile = np.tile(tile, (-(-height // side), -(-width // side)))
+    top = int(random.integers(0, tile.shape[0] - height + 1))
+    left = int(random.integers(0, tile.shape[1] - width + 1))
+    return tile[top : top + height, left : left + width]
 
 
 def _draw_object(picture: Picture, masks, number: int, thing: SceneObject, x: float, y: float, style) -> None:
     """Paint one object over `picture`, set its mask and take it out of the masks of those behind it."""
     height, width, _ = picture.shape
-    radius = thing.radius_px
-    reach = radius * 1.25 + 2
+    radius = np.float32(thing.radius_px)
+    reach = thing.radius_px * 1.25 + 2
     top, bottom = max(int(y - reach), 0), min(int(y + reach) + 2, height)
     left, right = max(int(x - reach), 0), min(int(x + reach) + 2, width)
-    ys = ((np.arange(top, bottom, dtype=np.float32) + 0.5 - np.float32(y)) / np.float32(radius))[:, None]
-    xs = ((np.arange(left, right, dtype=np.float32) + 0.5 - np.float32(x)) / np.float32(radius))[None, :]
-    xs, ys = np.broadcast_arrays(xs, ys)
+    # The shadow is the shape moved by whole pixels, so both are cut from one field of distances.
+    down, across = max(1, round(0.1 * thing.radius_px)), max(1, round(0.06 * thing.radius_px))
+    ys = ((np.arange(top - down, bottom, dtype=np.float32) + 0.5 - np.float32(y)) / radius)[:, None]
+    xs = ((np.arange(left - across, right, dtype=np.float32) + 0.5 - np.float32(x)) / radius)[None, :]
+    field = signed_distance(thing.shape, xs, ys, thing.angle)
+    shadow, distance = field[: bottom - top, : right - left], field[down:, across:]
+    xs, ys = xs[:, across:], ys[down:]
     crop = picture[top:bottom, left:right]
-    shadow = signed_distance(thing.shape, xs - np.float32(0.06), ys - np.float32(0.1), thing.angle)
     crop *= (1 - 0.35 * np.clip(0.5 - shadow * 4, 0, 1))[..., None]
-    distance = signed_distance(thing.shape, xs, ys, thing.angle)
-    coverage = np.clip(0.5 - distance * np.float32(radius), 0, 1)[..., None]
+    coverage = np.clip(0.5 - distance * radius, 0, 1)[..., None]
     crop += coverage * (_surface(thing, xs, ys, distance, style) - crop)
     seen = distance < 0
     masks[:number, top:bottom, left:right] &= ~seen

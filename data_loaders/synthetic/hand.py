@@ -89,9 +89,7 @@ def hover(
     lag = random.uniform(-0.1, 0.15)
     starts = np.array([visit.start for visit in visits[1:]]) + lag
     lengths = np.array([visit.end - visit.start for visit in visits])
-    travel = np.minimum(
-        random.uniform(0.25, 0.6, len(starts)), 0.8 * np.minimum(lengths[:-1], lengths[1:]) + 0.1
-    )
+    travel = np.minimum(random.uniform(0.25, 0.6, len(starts)), 0.8 * np.minimum(lengths[:-1], lengths[1:]) + 0.1)
     begins = starts - travel / 2
     # Share of each visit in the hand's place: the differences of the blends from one visit to the next.
     blend = np.ones((len(visits) + 1, len(times)))
@@ -101,9 +99,7 @@ def hover(
     moving = np.clip(4 * share * (1 - share), 0, 1).max(axis=0)
 
     centres = np.stack([centre_at(visit.target, times) for visit in visits])
-    amplitude = np.stack([radii[visit.target] for visit in visits]) * random.uniform(
-        0.45, 0.9, (len(visits), 1)
-    )
+    amplitude = np.stack([radii[visit.target] for visit in visits]) * random.uniform(0.45, 0.9, (len(visits), 1))
     place = np.einsum("vt,vtc->tc", share, centres)
     reach = np.einsum("vt,vc->tc", share, amplitude) * (1 - 0.8 * moving)[:, None]
     for k in range(len(visits) - 1):

@@ -52,9 +52,7 @@ class Layout:
         sides = np.array([self.width, self.height], np.float64)
         low = np.full(2, thing.radius_px)
         room = np.maximum(sides - 2 * low, 1e-6)
-        free = (
-            np.asarray(thing.centre_px) + np.asarray(seconds)[:, None] * np.asarray(thing.velocity_px) - low
-        )
+        free = np.asarray(thing.centre_px) + np.asarray(seconds)[:, None] * np.asarray(thing.velocity_px) - low
         return (room - np.abs(np.mod(free, 2 * room) - room) + low) / sides
 
     def centre(self, number: int) -> tuple[float, float]:

@@ -95,9 +95,7 @@ class QuestionMaker:
         pair = [number, self.other(number)]
         first = int(self.random.integers(2))
         name = short_phrase(self.objects[number])
-        question = self.pick(("Which trajectory describes {0}?", "Which trajectory is over {0}?")).format(
-            name
-        )
+        question = self.pick(("Which trajectory describes {0}?", "Which trajectory is over {0}?")).format(name)
         parts = (
             "Trajectory A: ",
             self.trace(pair[first]),
@@ -110,9 +108,7 @@ class QuestionMaker:
     def relation(self, number: int) -> tuple[Turn, ...]:
         """Say how the traced object lies against a named one, where that is clear; else what it is."""
         centre = self.scene.layout.centre
-        clear = [
-            k for k in range(len(self.objects)) if k != number and relation_of(centre(number), centre(k))
-        ]
+        clear = [k for k in range(len(self.objects)) if k != number and relation_of(centre(number), centre(k))]
         if not clear:
             return self.what(number)
         other = self.pick(clear)
@@ -127,9 +123,7 @@ class QuestionMaker:
         if form == 0:
             return self.counted("objects", len(self.objects))
         if form == 1:
-            return self.counted(
-                f"{thing.colour} objects", sum(k.colour == thing.colour for k in self.objects)
-            )
+            return self.counted(f"{thing.colour} objects", sum(k.colour == thing.colour for k in self.objects))
         plural = thing.shape + ("es" if thing.shape.endswith("s") else "s")
         return self.counted(plural, sum(k.shape == thing.shape for k in self.objects))
 
@@ -140,7 +134,7 @@ class QuestionMaker:
 
     def box_part(self, number: int) -> BoxPart:
         """The object's box in the first frame."""
-        return BoxPart(self.scene.boxes[number][0])
+        return BoxPart(self.scene.box(number)[0])
 
     def box(self, number: int) -> tuple[Turn, ...]:
         """Give the box of a named object."""

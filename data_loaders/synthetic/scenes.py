@@ -34,9 +34,7 @@ def visible_box(mask: Bool[np.ndarray, "height width"]) -> Float[np.ndarray, "4"
     if not len(rows):
         return np.full(4, np.nan)
     height, width = mask.shape
-    return np.array(
-        [columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height]
-    )
+    return np.array([columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height])
 
 
 class Scene:
@@ -45,6 +43,7 @@ class Scene:
     def __init__(self, seed: int, index: int, config: SceneConfig):
         self.config = config
         self._key = (seed, index)
+        self._boxes: dict[int, np.ndarray] = {}
 
     def random(self, stream: str) -> np.random.Generator:
         """A new generator of one of the scene's streams."""
@@ -69,10 +68,11 @@ class Scene:
         radius = np.array([thing.radius_px for thing in self.layout.objects])
         return np.stack([radius / self.layout.width, radius / self.layout.height], axis=1)
 
-    @cached_property
-    def boxes(self) -> Float[np.ndarray, "objects frames 4"]:
-        """Boxes of what is seen of the objects."""
-        return np.array([[visible_box(mask) for mask in masks] for masks in self.drawn[1]])
+    def box(self, number: int) -> Float[np.ndarray, "frames 4"]:
+        """Boxes of what is seen of object `number`."""
+        if number not in self._boxes:
+            self._boxes[number] = np.array([visible_box(mask) for mask in self.drawn[1][number]])
+        return self._boxes[number]
 
     @cached_property
     def regions(self) -> tuple[Region, ...]:
@@ -87,7 +87,7 @@ class Scene:
         thing = self.layout.objects[number]
         return Region(
             phrase=phrase,
-            box=self.boxes[number],
+            box=self.box(number),
             mask=self.drawn[1][number],
             attributes={
                 "colour": thing.colour,
@@ -119,9 +119,7 @@ class Scene:
         """`questions_per_scene` questions of the configured kinds."""
         if not self.config.questions_per_scene:
             return ()
-        return QuestionMaker(self, self.random("questions")).ask(
-            self.config.questions, self.config.questions_per_scene
-        )
+        return QuestionMaker(self, self.random("questions")).ask(self.config.questions, self.config.questions_per_scene)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,7 @@ def _star(x: Grid, y: Grid) -> Grid:
     outer, inner = 1.04, 0.46
     edge = np.array([inner * np.cos(sector) - outer, inner * np.sin(sector)])
     normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
-    return (radius * np.cos(angle) - outer) * np.float32(normal[0]) + radius * np.sin(angle) * np.float32(
-        normal[1]
-    )
+    return (radius * np.cos(angle) - outer) * np.float32(normal[0]) + radius * np.sin(angle) * np.float32(normal[1])
 
 
 def _heart(x: Grid, y: Grid) -> Grid:
@@ -75,7 +73,12 @@ DISTANCES: dict[str, Callable[[Grid, Grid], Grid]] = {
 }
 
 
-def signed_distance(shape: str, x: Grid, y: Grid, angle: float) -> Grid:
+def signed_distance(
+    shape: str,
+    x: Float[np.ndarray, "#height #width"],
+    y: Float[np.ndarray, "#height #width"],
+    angle: float,
+) -> Float[np.ndarray, "_ _"]:
     """Signed distance to `shape`, turned clockwise by `angle` radians, at (x, y) in units of its radius."""
     cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return DISTANCES[shape](cosine * x + sine * y, cosine * y - sine * x)

@@ -233,9 +233,7 @@ def _write_shard(
             else:
                 example, size = outcome
                 # Otherwise the order of the fields differs from one process to the next.
-                line = serializer.get_tf_example(features.encode_example(example)).SerializeToString(
-                    deterministic=True
-                )
+                line = serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
                 writer.write(line)
                 written += len(line)
                 sizes.append(size)

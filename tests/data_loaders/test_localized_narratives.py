@@ -240,10 +240,8 @@ def test_a_bad_image_says_why_and_where(tmp_path, contents, reason):
 def test_pictures_of_every_kind_and_shape_are_read(tmp_path_factory, mode, size, seed):
     """1 x 1, 1 x 4000, greyscale, palette, alpha, 16 bits: the sample has the size that the index says."""
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0]), np.uint8)
-    if mode == "I;16":
-        image = Image.fromarray(noise.astype(np.uint16) * 257)
-    else:
-        image = Image.fromarray(noise).convert(mode)
+    wide = Image.fromarray(noise.astype(np.uint16) * 257)
+    image = wide if mode == "I;16" else Image.fromarray(noise).convert(mode)
     source = written(tmp_path_factory.mktemp("kinds"), record(), image=image)
     sample = source[0]
     assert sample.frames.shape == (1, size[1], size[0], 3) and sample.frames.dtype == np.uint8
@@ -366,11 +364,7 @@ def test_any_value_in_any_field_is_read_or_refused(field, value):
         assert all(word.start <= word.end for word in parsed.words)
 
 
-@given(
-    st.lists(
-        st.lists(st.tuples(st.floats(-1, 2), st.floats(-1, 2), st.floats(0, 1e4)), max_size=6), max_size=4
-    )
-)
+@given(st.lists(st.lists(st.tuples(st.floats(-1, 2), st.floats(-1, 2), st.floats(0, 1e4)), max_size=6), max_size=4))
 def test_traces_are_read_exactly_however_they_lie(strokes):
     """Empty strokes, unordered and repeated times, points outside the image: as recorded."""
     traces = [[{"x": x, "y": y, "t": t} for x, y, t in stroke] for stroke in strokes]

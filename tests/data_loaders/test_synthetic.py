@@ -114,9 +114,7 @@ def test_captions_name_regions_in_order_and_truly():
         places = [caption.index(region.phrase) for region in scene.regions]
         assert places == sorted(places) and 2 <= len(places) <= 4
         for region in scene.regions:
-            assert (
-                region.attributes["colour"] in region.phrase and region.attributes["shape"] in region.phrase
-            )
+            assert region.attributes["colour"] in region.phrase and region.attributes["shape"] in region.phrase
 
 
 def test_relations_are_those_of_the_centres():
@@ -202,7 +200,7 @@ def test_every_kind_of_question_is_answered_truly(kind):
                     continue
                 number = over[0] if over else next(k for k, o in enumerate(objects) if o.name in asked[0])
                 if isinstance(part, BoxPart):
-                    np.testing.assert_array_equal(part.box, scene.boxes[number][0])
+                    np.testing.assert_array_equal(part.box, scene.box(number)[0])
                 elif isinstance(part, MaskPart):
                     np.testing.assert_array_equal(part.mask, scene.drawn[1][number])
 
@@ -266,7 +264,8 @@ def test_hidden_objects_of_a_video_have_no_box():
     for index in range(20):
         scene = made.scene(index)
         empty = ~scene.drawn[1].any(axis=(2, 3))
-        np.testing.assert_array_equal(np.isnan(scene.boxes).all(axis=2), empty)
+        boxes = np.stack([scene.box(number) for number in range(len(empty))])
+        np.testing.assert_array_equal(np.isnan(boxes).all(axis=2), empty)
 
 
 def test_pictures_of_any_size_are_drawn():
@@ -287,8 +286,7 @@ def test_sizes_say_what_the_sample_holds():
         assert (size.regions, size.questions) == (len(sample.regions), len(sample.questions))
         assert size.tasks == sample.tasks
         longest = max(
-            sum(len(p) for turn in q.turns for p in turn.parts if isinstance(p, str))
-            for q in sample.questions
+            sum(len(p) for turn in q.turns for p in turn.parts if isinstance(p, str)) for q in sample.questions
         )
         assert size.question_characters == longest
 

@@ -128,9 +128,7 @@ def test_an_interrupted_build_continues_to_the_same_files(released, dataset, tmp
 
 
 @pytest.mark.parametrize("place", ["replace", "_join", "_write_metadata", "_remove_parts"])
-def test_a_build_that_dies_while_finishing_is_finished_by_the_next(
-    released, dataset, tmp_path, monkeypatch, place
-):
+def test_a_build_that_dies_while_finishing_is_finished_by_the_next(released, dataset, tmp_path, monkeypatch, place):
     source = LocalizedNarratives(released / FILE, released)
 
     def die(*_):
@@ -140,9 +138,7 @@ def test_a_build_that_dies_while_finishing_is_finished_by_the_next(
         if place == "replace":
             # Of the first shard: its parts of the indices are there, its records still under another name.
             replace = build.os.replace
-            patch.setattr(
-                build.os, "replace", lambda a, b: die() if "array_record" in str(b) else replace(a, b)
-            )
+            patch.setattr(build.os, "replace", lambda a, b: die() if "array_record" in str(b) else replace(a, b))
         else:
             patch.setattr(build, place, die)
         with pytest.raises(Interrupted):
