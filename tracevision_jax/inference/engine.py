@@ -67,6 +67,9 @@ class Sampling:
         return sampling_settings(rows, self.temperature, self.top_k, self.top_p, seeds)
 
 
+GREEDY = Sampling()
+
+
 class Encoded(NamedTuple):
     """What one batch keeps between its programs."""
 
@@ -161,7 +164,7 @@ class Engine:
         *,
         max_new_tokens: int | Sequence[int] = 256,
         force: Sequence[int] | Sequence[Sequence[int]] = (),
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         rows: int | None = None,
     ) -> list[Answer]:
         """Answer prompts, in their order.
@@ -187,7 +190,7 @@ class Engine:
         *,
         max_new_tokens: int | Sequence[int] = 256,
         force: Sequence[int] | Sequence[Sequence[int]] = (),
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         rows: int | None = None,
     ) -> Iterator[dict[int, Answer]]:
         """`generate`, batch by batch as they come: {number of the prompt: its answer}."""
@@ -215,7 +218,7 @@ class Engine:
         *,
         max_new_tokens: int = 256,
         force: Sequence[int] = (),
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
     ) -> Answer:
         """`generate` for one prompt; `on_text` is handed the readable text bit by bit as it comes."""
         plan = self.plan([piece], 1)[0]
