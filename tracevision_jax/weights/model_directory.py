@@ -12,7 +12,7 @@ not at all.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,19 @@ ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """(path, shape) -> where the array goes."""
 
 
-def save_model(directory: str | Path, config: dict[str, Any], params: Params) -> None:
+def save_model(
+    directory: str | Path,
+    config: dict[str, Any],
+    params: Params,
+    folders: Mapping[str, Callable[[Path], Any]] | None = None,
+) -> None:
     """Write a model; one that is there already is replaced once the new one is complete.
 
     Args:
         directory: where to.
         config: JSON values; by convention "system" (its name) and "model" (its configuration).
         params: nested dictionaries of arrays.
+        folders: {name: what writes the files of a folder of that name beside them}, such as the tokenizer's.
     """
     directory = Path(directory).absolute()
     partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
@@ -44,6 +50,9 @@ def save_model(directory: str | Path, config: dict[str, Any], params: Params) ->
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / "params", params)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, write in (folders or {}).items():
+        (partial / name).mkdir()
+        write(partial / name)
     hashes.write_hashes(partial)
     if directory.exists():
         directory.rename(old)
