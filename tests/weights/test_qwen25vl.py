@@ -135,9 +135,7 @@ def test_a_dtype_can_be_asked_for(tmp_path):
     _, wide = qwen25vl.load(tmp_path / "in")
     config, narrow = qwen25vl.load(tmp_path / "in", dtype="bfloat16")
     assert config.language.dtype == "bfloat16"
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(np.asarray(a.astype(jnp.bfloat16)), b), wide, narrow
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a.astype(jnp.bfloat16)), b), wide, narrow)
     qwen25vl.save(tmp_path / "out", narrow, config, dtype="float32")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.float32}

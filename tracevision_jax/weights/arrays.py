@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from tracevision_jax.weights.copying import contiguous, copy_into
+
 SMALL_BYTES = 2**22
 """Up to this size an array goes to and from the devices as a whole: scales, biases, all of a tiny model."""
 
@@ -40,7 +42,7 @@ class ArrayBuilder:
         """Write a block with its first corner at `start`; returns when the block's memory is free again."""
         if self._small is not None:
             place = tuple(slice(begin, begin + size) for begin, size in zip(start, block.shape, strict=True))
-            self._small[place] = block
+            copy_into(self._small[place], block)
             return
         if block.shape == self.shape:
             self._array = _place(block, self.dtype, self.sharding)
@@ -73,9 +75,7 @@ def fetch(array: jax.Array | np.ndarray, start: tuple[int, ...], shape: tuple[in
 
 def _place(block: np.ndarray, dtype: np.dtype, sharding: Sharding) -> jax.Array:
     """Put host memory on the devices, converting only what each of them gets."""
-    return jax.make_array_from_callback(
-        block.shape, sharding, lambda index: np.ascontiguousarray(block[index]).astype(dtype, copy=False)
-    )
+    return jax.make_array_from_callback(block.shape, sharding, lambda index: contiguous(block[index], dtype))
 
 
 def _block_sharding(sharding: Sharding, shape: tuple[int, ...], block: tuple[int, ...]) -> Sharding:

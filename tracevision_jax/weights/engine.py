@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.weights.copying import copy_into
 from tracevision_jax.weights.sources import TensorInfo
 
 Shape = tuple[int, ...]
@@ -113,7 +114,8 @@ class Layout:
         torch_names = [a for axes in self.torch_axes for a in axes]
         flax_names = [a for axes in self.flax_axes for a in axes]
         order = [flax_names.index(a) for a in torch_names]
-        self._torch_view(tensor)[...] = block.reshape([self.lengths[a] for a in flax_names]).transpose(order)
+        parts = block.reshape([self.lengths[a] for a in flax_names])
+        copy_into(self._torch_view(tensor), parts.transpose(order))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.weights.arrays import ArrayBuilder, ArrayLeaf, Leaf, ShardingOf, first_device
+from tracevision_jax.weights.copying import contiguous
 from tracevision_jax.weights.directory import new_directory
 from tracevision_jax.weights.engine import Table, flatten, unflatten
 from tracevision_jax.weights.safetensors_io import (
@@ -233,7 +234,7 @@ def flax_blocks(checkpoint: OpenCheckpoint, path: str) -> Iterator[np.ndarray]:
                 block[tuple(slice(start, start + size) for start, size in place)] = move.to_flax(
                     checkpoint.source.read(move.name)
                 )
-        yield block.astype(kind, copy=False)
+        yield contiguous(block, kind)
 
 
 def torch_tensor(table: Table, name: str, dtype: np.dtype, leaves: Leaves) -> np.ndarray:

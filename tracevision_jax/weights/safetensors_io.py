@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.weights.copying import contiguous
 from tracevision_jax.weights.sources import TensorInfo
 
 DTYPES: dict[str, np.dtype] = {
@@ -275,7 +276,7 @@ def _write_file(path: Path, plans: Sequence[TensorPlan], progress: Progress | No
             for piece in plan.pieces():
                 if piece.dtype != plan.dtype:
                     raise ValueError(f"{plan.name}: a piece of {piece.dtype}, announced as {plan.dtype}")
-                write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+                write(contiguous(piece).reshape(-1).view(np.uint8).data)
                 written += piece.nbytes
                 if progress:
                     progress(plan.name, piece.nbytes)
