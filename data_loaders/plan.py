@@ -144,7 +144,7 @@ class Plan:
                 self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
             return self._starts[epoch]
 
-    def steps_in(self, epochs: float) -> int:
+    def steps_in(self, epochs: float | int) -> int:
         """Steps of so many epochs; a fraction counts steps of the last one, rounded up."""
         whole = int(epochs)
         rest = epochs - whole
@@ -285,7 +285,7 @@ def rows_of_process(rows: int, process: int, processes: int) -> slice:
     return slice(process * each, (process + 1) * each)
 
 
-def repetitions_of(weights: Sequence[float], records: Sequence[int]) -> list[float]:
+def repetitions_of(weights: Sequence[float | int], records: Sequence[int]) -> list[float]:
     """Repetitions that mix sources in given proportions; an epoch has as many records as there are."""
     total, mass = sum(records), sum(weights)
     return [weight / mass * total / count for weight, count in zip(weights, records, strict=True)]

@@ -138,7 +138,7 @@ class Journal:
             f"step {line['step']:>{len(str(self.steps))}}/{self.steps}  loss {line['loss']:.4f}  {parts}  "
             f"grad {line['gradient_norm']:.2g}  lr {line['learning_rate']:.2e}  "
             f"{line['tokens_per_second']:,.0f} tok/s  {line['step_seconds']:.3f} s/step  "
-            f"ETA {duration((self.steps - line['step']) * (self.rate or 0))}"
+            f"ETA {duration((self.steps - line['step']) * (self.rate or 0.0))}"
         )
         return text + (f"  input {line['input_share']:.0%}" if line["input_share"] > 0.2 else "")
 
