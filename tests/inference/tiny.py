@@ -8,8 +8,9 @@ import numpy as np
 from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
 from tracevision_jax.inference.engine import Engine
 from tracevision_jax.language.config import LanguageConfig
-from tracevision_jax.records.processor import Piece, Processor, Simplification
+from tracevision_jax.records.processor import Piece, Processor
 from tracevision_jax.records.sample import Conversation, Sample, TracePart, Turn
+from tracevision_jax.records.simplification import Simplification
 from tracevision_jax.records.vocabulary import Vocabulary, train_tokenizer
 from tracevision_jax.segmentation.pixel_decoder import PixelDecoderConfig
 from tracevision_jax.systems.tracevision import TraceVision, tracevision_config
@@ -89,11 +90,14 @@ def sample(seed: int, frames: int = 1, height: int = 16, width: int = 16) -> Sam
     return Sample(str(seed), "noise", pixels, frames_per_second=2.0 if frames > 1 else 0.0)
 
 
+def asked(text: str, seed: int, points: int = 0) -> Conversation:
+    """A question, with a trace after it where points are asked for."""
+    trace = [TracePart(np.random.default_rng(seed).random((points, 3)))] if points else []
+    return Conversation("trace_qa", (Turn("user", (text, *trace)),))
+
+
 def piece(seed: int, text: str = "a red circle ?", points: int = 0, **size: int) -> Piece:
-    random = np.random.default_rng(seed)
-    trace = [TracePart(random.random((points, 3)))] if points else []
-    asked = Conversation("trace_qa", (Turn("user", (text, *trace)),))
-    return processor().piece(sample(seed, **size), [asked], answer=False)
+    return processor().piece(sample(seed, **size), [asked(text, seed, points)], answer=False)
 
 
 def unlike_pieces() -> list[Piece]:
