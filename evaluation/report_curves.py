@@ -1,0 +1,209 @@
+"""Loss curves of a run's stages as SVG: read from `metrics.jsonl` (training/journal.py), drawn without a library.
+
+    stage = read_stage("runs/demo/stage1", "stage1")
+    for panel in panels(stage):
+        svg = line_chart(panel)
+
+Every part of the loss has a chart of its own, since their units differ; all of a stage share the axis of steps.
+Colours come from the page's style sheet (classes `line`, `grid`, `dot`, ...), so that they follow light and dark.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tracevision_jax.errors import UserError
+
+PARTS = {
+    "text": "text loss (cross-entropy a token)",
+    "refinement": "mask refinement loss",
+    "dice": "mask Dice loss",
+    "accuracy": "tokens predicted right",
+}
+"""The parts of the loss that have a chart, in this order, and what they are called there."""
+
+WIDTH, HEIGHT = 320, 196
+LEFT, RIGHT, TOP, BOTTOM = 44, 14, 34, 40
+MOST_HOVER_POINTS = 60
+
+
+class Panel(NamedTuple):
+    """One chart: a value over steps."""
+
+    title: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    highest: float | None = None
+    """Upper end of the axis; None takes it from the values."""
+    marked: bool = False
+    """Whether the points are few and shown as dots, as evaluations are."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What `metrics.jsonl` says of one stage."""
+
+    name: str
+    train: tuple[dict[str, Any], ...]
+    """Lines of kind "train", by step."""
+    evaluations: tuple[dict[str, Any], ...]
+    """Lines of kind "evaluation", by step."""
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return self.train[-1]["step"] if self.train else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, as far as one session of the run counted them."""
+        return max((line["tokens"] for line in self.train), default=0)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds spent in steps, compilation and waiting for data included; not start, evaluation or export."""
+        before = [0, *(line["step"] for line in self.train)]
+        return sum(line["step_seconds"] * (line["step"] - first) for line, first in zip(self.train, before, strict=False))
+
+    @property
+    def last_parts(self) -> dict[str, float]:
+        """The parts of the loss in the last line."""
+        return dict(self.train[-1]["parts"]) if self.train else {}
+
+
+def read_stage(directory: str | Path, name: str) -> Stage | None:
+    """Read the metrics of a stage; None where there are none.
+
+    Raises:
+        UserError: a line is not what the training journal writes.
+    """
+    path = Path(directory) / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    train, evaluations = [], []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            kind = {"train": train, "evaluation": evaluations}[line["kind"]]
+            line["step"], line["parts" if line["kind"] == "train" else "values"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is no line of a training journal: {error!r}") from error
+        kind.append(line)
+    by_step = [tuple(sorted(lines, key=lambda line: line["step"])) for lines in (train, evaluations)]
+    return Stage(name, *by_step)
+
+
+def panels(stage: Stage) -> list[Panel]:
+    """A chart for each part of the loss that the stage has, then one for each number of its evaluations."""
+    found = []
+    for part, title in PARTS.items():
+        points = [(line["step"], line["parts"][part]) for line in stage.train if part in line["parts"]]
+        if points:
+            steps, values = zip(*points, strict=True)
+            found.append(Panel(title, steps, values, 1.0 if part == "accuracy" else None))
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in stage.evaluations:
+        for key, value in line["values"].items():
+            series.setdefault(f"{line['name']}: {key}", []).append((line["step"], value))
+    for title, points in series.items():
+        steps, values = zip(*points, strict=True)
+        found.append(Panel(title, steps, values, marked=True))
+    return found
+
+
+def nice_ticks(highest: float, most: int = 4) -> list[float]:
+    """Round numbers from 0 to the first at or above `highest`, at most `most` steps apart."""
+    if not highest > 0:
+        return [0.0, 1.0]
+    raw = highest / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    return [round(index * step, 12) for index in range(math.ceil(highest / step - 1e-9) + 1)]
+
+
+def tick_text(value: float) -> str:
+    """A tick's number, short: 1200 is "1.2k"."""
+    if value >= 1000:
+        return f"{value / 1000:g}k"
+    return f"{value:.4g}"
+
+
+def line_chart(panel: Panel) -> str:
+    """One chart as an SVG element, its points named when the pointer rests on them.
+
+    Values that are not finite leave a gap; negative ones are drawn at 0.
+    """
+    finite = [value for value in panel.values if math.isfinite(value)]
+    vertical = nice_ticks(panel.highest or max(finite, default=1.0))
+    horizontal = nice_ticks(max(panel.steps[-1], 1), 5)
+    while len(horizontal) > 2 and horizontal[-1] > panel.steps[-1]:
+        horizontal.pop()
+    last_step = max(panel.steps[-1], 1)
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last_step
+
+    def y(value: float) -> float:
+        share = min(max(value / vertical[-1], 0.0), 1.0)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+
+    places = [
+        (step, value, x(step), y(value))
+        for step, value in zip(panel.steps, panel.values, strict=True)
+        if math.isfinite(value)
+    ]
+    title = escape(panel.title)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}, by step">',
+        f'<text class="name" x="2" y="15">{title}</text>',
+        *(_horizontal_line(y(tick), tick_text(tick), tick == 0) for tick in vertical),
+        *(_step_mark(x(tick), tick_text(tick)) for tick in horizontal if tick <= last_step),
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - 5}" text-anchor="middle">step</text>',
+    ]
+    if places:
+        parts += [*_paths(panel, x, y), *_points(panel, places)]
+    return "".join([*parts, "</svg>"])
+
+
+def _horizontal_line(place: float, label: str, base: bool) -> str:
+    kind = "base" if base else "grid"
+    return (
+        f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>'
+        f'<text class="tick" x="{LEFT - 6}" y="{place + 3.5:.1f}" text-anchor="end">{label}</text>'
+    )
+
+
+def _step_mark(place: float, label: str) -> str:
+    return f'<text class="tick" x="{place:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>'
+
+
+def _paths(panel: Panel, x, y) -> list[str]:
+    """A line through each stretch of finite values."""
+    runs: list[list[str]] = [[]]
+    for step, value in zip(panel.steps, panel.values, strict=True):
+        if math.isfinite(value):
+            runs[-1].append(f"{x(step):.1f},{y(value):.1f}")
+        elif runs[-1]:
+            runs.append([])
+    return [f'<polyline class="line" points="{" ".join(run)}"/>' for run in runs if len(run) > 1]
+
+
+def _points(panel: Panel, places: Sequence[tuple[int, float, float, float]]) -> list[str]:
+    """The last point with its value, and places to rest the pointer on."""
+    _, value, last_x, last_y = places[-1]
+    every = max(1, math.ceil(len(places) / MOST_HOVER_POINTS))
+    hover = [
+        f'<circle class="hover" cx="{px:.1f}" cy="{py:.1f}" r="7"><title>step {step}: {shown:.4g}</title></circle>'
+        for step, shown, px, py in places[::-1][::every]
+    ]
+    dots = places if panel.marked else places[-1:]
+    above = last_y - 8 if last_y - 8 > TOP - 8 else last_y + 16
+    return [
+        *(f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="3.2"/>' for _, _, px, py in dots),
+        f'<text class="value" x="{min(last_x + 4, WIDTH - 2):.1f}" y="{above:.1f}" text-anchor="end">{value:.3g}</text>',
+        *hover,
+    ]
