@@ -11,13 +11,14 @@ the mean of the visual features near it, in a space that the language model alre
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tracevision_jax.errors import UserError
 from tracevision_jax.layers.basic import RMSNorm
 from tracevision_jax.trajectory.fourier import bin_centres, line_features, plane_features
 
@@ -47,6 +48,13 @@ class TVPConfig:
     time_scale_seconds: float = 16.0
     """Longest period of the time embedding is twice this."""
 
+    def __post_init__(self):
+        if self.width % self.heads or self.width % 4 or self.position_width % 4:
+            raise UserError(
+                f"TVP of width {self.width} with {self.heads} heads and position features of width "
+                f"{self.position_width}: the heads must divide the width, and 4 both widths"
+            )
+
 
 class CrossAttention(nn.Module):
     """Multi-head cross-attention whose queries and keys carry shared position features."""
@@ -54,8 +62,8 @@ class CrossAttention(nn.Module):
     heads: int
     position_gain: float
     identity_values: bool
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: Any
+    param_dtype: Any
 
     @nn.compact
     def __call__(
@@ -70,9 +78,11 @@ class CrossAttention(nn.Module):
         """Return (output, attention weights); a query without keys gets zeros."""
         width = queries.shape[-1]
         head_dim = width // self.heads
-        kinds = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        def project(name, init=nn.initializers.lecun_normal()):
+        spread = nn.initializers.lecun_normal()
+
+        def project(name, init=spread):
             return nn.DenseGeneral((self.heads, head_dim), name=name, kernel_init=init, **kinds)
 
         # |W p|^2 / sqrt(head_dim) = gain for the unit-norm features p of one place.
@@ -80,13 +90,13 @@ class CrossAttention(nn.Module):
         place = project("place", nn.initializers.normal(gain_std))
         q = project("q")(queries) + place(query_positions)
         k = project("k")(keys) + place(key_positions)
-        v = project("v", _identity if self.identity_values else nn.initializers.lecun_normal())(keys)
+        v = project("v", _identity if self.identity_values else spread)(keys)
         logits = jnp.einsum("rqhd,rkhd->rhqk", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
         if bias is not None:
             logits = logits + bias
         weights = _masked_softmax(logits, mask[:, None])
         mixed = jnp.einsum("rhqk,rkhd->rqhd", weights.astype(v.dtype), v)
-        out_init = _identity if self.identity_values else nn.initializers.lecun_normal()
+        out_init = _identity if self.identity_values else spread
         out = nn.DenseGeneral(width, axis=(-2, -1), name="o", kernel_init=out_init, **kinds)(mixed)
         return out, weights
 
@@ -101,21 +111,30 @@ def _masked_softmax(logits, mask):
     """Softmax over the last axis in float32; zeros, also in gradients, where nothing is allowed."""
     top = jax.lax.stop_gradient(jnp.max(jnp.where(mask, logits, -1e30), -1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0.0)), 0.0)
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    total = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1.0)
 
 
 class TVPBlock(nn.Module):
     """One pair of Eq. 3 and Eq. 4."""
 
     config: TVPConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: Any
+    param_dtype: Any
 
     @nn.compact
-    def __call__(self, visual, points, visual_places, point_places, mask, time_bias):
+    def __call__(
+        self,
+        visual: Float[Array, "rows tokens width"],
+        points: Float[Array, "rows points width"],
+        visual_places: Float[Array, "rows tokens p"],
+        point_places: Float[Array, "rows points p"],
+        mask: Bool[Array, "rows tokens points"],
+        time_bias: Float[Array, "rows heads tokens points"],
+    ) -> tuple[Float[Array, "rows tokens width"], Float[Array, "rows points width"], dict[str, Array]]:
         """Return (enhanced visual features, refined trajectory features, attention maps of both)."""
         config = self.config
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def norm(name):
             return RMSNorm(1e-6, name=name, **kinds)
@@ -153,8 +172,8 @@ class TVP(nn.Module):
     """The whole module: trajectory embedding, blocks, and the features to add to trajectory tokens."""
 
     config: TVPConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -219,17 +238,13 @@ class TVP(nn.Module):
         def table(axis):
             def init(key, shape, dtype):
                 half = line_features(bin_centres(shape[0]), shape[1] // 2, config.position_cycles * 2)
-                place = (
-                    jnp.zeros(shape).at[:, axis * (shape[1] // 2) : (axis + 1) * (shape[1] // 2)].set(half)
-                )
+                place = jnp.zeros(shape).at[:, axis * (shape[1] // 2) : (axis + 1) * (shape[1] // 2)].set(half)
                 return (place * (shape[1] / 2) ** 0.5).astype(dtype)
 
             return self.param(("x_bins", "y_bins")[axis], init, (config.bins, config.width), self.param_dtype)
 
         time = line_features(points[..., 2] / config.time_scale_seconds, config.width, 64.0)
-        time_scale = self.param(
-            "time_scale", nn.initializers.constant(0.1), (config.width,), self.param_dtype
-        )
+        time_scale = self.param("time_scale", nn.initializers.constant(0.1), (config.width,), self.param_dtype)
         index = self.param(
             "trace_index", nn.initializers.normal(0.1), (config.max_traces, config.width), self.param_dtype
         )
@@ -248,9 +263,12 @@ class TVP(nn.Module):
 def frame_time_windows(
     times: Float[Array, "rows frames"], owner: Bool[Array, "rows frames"]
 ) -> Float[Array, "rows frames 2"]:
-    """[start, end) of each owned frame: from its time to the next owned one's; open at both ends of the video."""
-    follows = jnp.concatenate([owner[:, 1:], jnp.zeros_like(owner[:, :1])], 1) & owner
-    precedes = jnp.concatenate([jnp.zeros_like(owner[:, :1]), owner[:, :-1]], 1) & owner
-    ends = jnp.where(follows, jnp.roll(times, -1, 1), jnp.inf)
-    starts = jnp.where(precedes, times, -jnp.inf)
+    """[start, end) of each owned frame: from its time to the next owned one's; open at both ends of the video.
+
+    Several stills, which all have time 0, are no video: each is open at both ends.
+    """
+    later = (times[:, 1:] > times[:, :-1]) & owner[:, 1:] & owner[:, :-1]
+    none = jnp.zeros_like(owner[:, :1])
+    ends = jnp.where(jnp.concatenate([later, none], 1), jnp.roll(times, -1, 1), jnp.inf)
+    starts = jnp.where(jnp.concatenate([none, later], 1), times, -jnp.inf)
     return jnp.stack([starts, ends], -1)
