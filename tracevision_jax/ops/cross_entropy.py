@@ -43,9 +43,7 @@ def token_cross_entropy(
         x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
-    losses, correct = jax.lax.map(
-        lambda x: jax.checkpoint(sums)(*x), (fold(hidden), fold(targets), fold(weights))
-    )
+    losses, correct = jax.lax.map(lambda x: jax.checkpoint(sums)(*x), (fold(hidden), fold(targets), fold(weights)))
     return losses.sum(), correct.sum()
 
 

@@ -11,9 +11,7 @@ OVERLAP_WEIGHT = 2.0
 """alpha of Eq. 14."""
 
 
-def dice_per_mask(
-    logits: Float[Array, "*masks h w"], targets: Float[Array, "*masks h w"]
-) -> Float[Array, "*masks"]:
+def dice_per_mask(logits: Float[Array, "*masks h w"], targets: Float[Array, "*masks h w"]) -> Float[Array, "*masks"]:
     """Eq. 13 in its soft form: sets become sums of probabilities; 1 is added to both sides of the fraction."""
     probabilities = jax.nn.sigmoid(logits.astype(jnp.float32))
     overlap = (probabilities * targets).sum((-1, -2))

@@ -7,11 +7,14 @@ the paper's size: grid 32, masks 256 x 256, at most 12.5 M parameters.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from tracevision_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,13 @@ class PixelDecoderConfig:
     fine_upsamplings: int = 2
     """Doublings after the fine grid: masks have side 2 * grid * 2 ** fine_upsamplings."""
 
+    def __post_init__(self):
+        least = 4 * 2 ** max(self.fine_upsamplings - 1, 0)
+        if (self.width // 2) % self.heads or self.width % least:
+            raise UserError(
+                f"pixel decoder of width {self.width}: {self.heads} heads must divide half of it, and {least} all of it"
+            )
+
     @property
     def mask_size(self) -> int:
         """Side of the predicted masks."""
@@ -46,15 +56,13 @@ class DecoderAttention(nn.Module):
 
     inner_width: int
     heads: int
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: Any
+    param_dtype: Any
 
     @nn.compact
-    def __call__(
-        self, queries: Float[Array, "n q w"], keys: Float[Array, "n k w"], values: Float[Array, "n k w"]
-    ):
+    def __call__(self, queries: Float[Array, "n q w"], keys: Float[Array, "n k w"], values: Float[Array, "n k w"]):
         """Attend; no masking is needed, all masks have the same grid."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         head_dim = self.inner_width // self.heads
 
         def project(name, x):
@@ -71,14 +79,14 @@ class TwoWayBlock(nn.Module):
 
     config: PixelDecoderConfig
     first: bool
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: Any
+    param_dtype: Any
 
     @nn.compact
     def __call__(self, tokens, image, token_code, image_code):
         """Return (tokens, image); codes are added to queries and keys, never to values."""
         config = self.config
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def norm(name, x):
             return nn.LayerNorm(1e-6, name=name, **kinds)(x)
@@ -92,15 +100,11 @@ class TwoWayBlock(nn.Module):
             coded = tokens + token_code
             tokens = tokens + attend("self", config.width, coded, coded, tokens)
         tokens = norm("norm_self", tokens)
-        tokens = tokens + attend(
-            "to_image", config.width // 2, tokens + token_code, image + image_code, image
-        )
+        tokens = tokens + attend("to_image", config.width // 2, tokens + token_code, image + image_code, image)
         tokens = norm("norm_to_image", tokens)
         hidden = nn.relu(nn.Dense(config.mlp_width, name="mlp_in", **kinds)(tokens))
         tokens = norm("norm_mlp", tokens + nn.Dense(config.width, name="mlp_out", **kinds)(hidden))
-        image = image + attend(
-            "to_tokens", config.width // 2, image + image_code, tokens + token_code, tokens
-        )
+        image = image + attend("to_tokens", config.width // 2, image + image_code, tokens + token_code, tokens)
         return tokens, norm("norm_to_tokens", image)
 
 
@@ -108,14 +112,14 @@ class TwoWayTransformer(nn.Module):
     """`layers` blocks and a last attention from the tokens to the image."""
 
     config: PixelDecoderConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: Any
+    param_dtype: Any
 
     @nn.compact
     def __call__(self, tokens, image, image_code):
         """Return (tokens (n, t, w), image (n, cells, w))."""
         code = tokens
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for index in range(self.config.layers):
             tokens, image = TwoWayBlock(self.config, index == 0, name=f"block_{index}", **kinds)(
                 tokens, image, code, image_code
@@ -130,8 +134,8 @@ class PixelDecoder(nn.Module):
     """Masks from the features of two depths and the codebook's hidden states."""
 
     config: PixelDecoderConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -151,13 +155,11 @@ class PixelDecoder(nn.Module):
             mask logits, float32.
         """
         config = self.config
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = nn.relu(nn.Dense(config.token_hidden, name="token_in", **kinds)(seg.astype(self.dtype)))
         tokens = nn.Dense(config.width, name="token_out", **kinds)(hidden)
         tokens = tokens.reshape(tokens.shape[0], SCALES, config.tokens_per_scale, config.width)
-        level_code = self.param(
-            "level_code", nn.initializers.normal(0.02), (SCALES, config.width), self.param_dtype
-        )
+        level_code = self.param("level_code", nn.initializers.normal(0.02), (SCALES, config.width), self.param_dtype)
         tokens = tokens + level_code.astype(self.dtype)[:, None]
 
         coarse = self._scale(0, deep, tokens[:, 0], None, upsamplings=1)
@@ -170,11 +172,9 @@ class PixelDecoder(nn.Module):
     def _scale(self, level, features, tokens, coarse, upsamplings):
         """One scale: neck, modulation by the coarse mask, two-way transformer, mask head; float32 logits."""
         config = self.config
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         side = features.shape[1]
-        image = nn.Dense(config.width, use_bias=False, name=f"neck_in_{level}", **kinds)(
-            features.astype(self.dtype)
-        )
+        image = nn.Dense(config.width, use_bias=False, name=f"neck_in_{level}", **kinds)(features.astype(self.dtype))
         image = nn.LayerNorm(1e-6, name=f"neck_norm_{level}", **kinds)(image)
         image = nn.Conv(config.width, (3, 3), use_bias=False, name=f"neck_out_{level}", **kinds)(image)
         image = nn.LayerNorm(1e-6, name=f"neck_out_norm_{level}", **kinds)(image)

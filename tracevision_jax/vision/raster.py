@@ -27,9 +27,7 @@ def features_on_square(
     share = (centres - low).astype(features.dtype)
 
     def read(rows, cols):
-        places = raster_slots(
-            rows[..., :, None], cols[..., None, :], size[..., 1, :, None], window_units, merge
-        )
+        places = raster_slots(rows[..., :, None], cols[..., None, :], size[..., 1, :, None], window_units, merge)
         index = places.reshape(batch, frames, side * side, 1)
         return jnp.take_along_axis(features, index, axis=2).reshape(batch, frames, side, side, width)
 
