@@ -6,13 +6,13 @@ frames follow each other along F. Absent things are padding, and padding never c
 """
 
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
-import numpy as np
 from jaxtyping import Bool, Float, Int
 
-Array = jax.Array | np.ndarray
+Array = Any
+"""numpy's on the host, jax's in a step; also specs, shardings and donation flags, which jax puts in their place."""
 
 
 @dataclass(frozen=True, order=True)
@@ -34,7 +34,7 @@ class Bucket:
 
 
 @jax.tree_util.register_dataclass
-@no_type_check  # jax also builds it of specs, shardings and donation flags, which have no such shapes
+@no_type_check  # what jax puts in place of arrays has no such shapes
 @dataclass(frozen=True)
 class Batch:
     """See the module's text for the axes; the padding value of each field stands in its line."""
@@ -70,7 +70,7 @@ class Batch:
     mask_frame: Int[Array, "B K"]
     """The frame of the row that a mask lies on; padding 0."""
     mask_group: Int[Array, "B K"]
-    """Number from 1 of the image that masks compete on (the overlap of Eq. 14 is within a group); 0 is padding."""
+    """Number from 1 of the conversation and frame that masks compete in (the overlap of Eq. 14); 0 is padding."""
     mask_slots: Int[Array, "B K Q"]
     """Positions in the row of the six codebook slots of each mask; padding 0."""
 

@@ -7,17 +7,29 @@ tokenizer itself (`<|im_start|>`, ...) in users' text are likewise encoded as pl
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
+from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.trajectory.tokens import (
+    BINS,
+    CODEBOOK_SLOTS,
+    END_OFFSET,
+    FIRST_BIN_OFFSET,
+    FIRST_SLOT_OFFSET,
+    SEGMENT_OFFSET,
+    START_OFFSET,
+    Format,
+    added_tokens,
+    to_bins,
+)
 
-BINS = 1000
-SLOTS = 6
+SLOTS = CODEBOOK_SLOTS
 """Codebook slots after [SEG]: 2 scales x 3 tokens (App. F.2)."""
 CHAT_TOKENS = (
     "<|endoftext|>",
@@ -33,7 +45,7 @@ CHAT_TOKENS = (
     "<|video_pad|>",
 )
 
-CoordinateFormat = Literal["bins", "digits"]
+CoordinateFormat = Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +77,7 @@ class Vocabulary:
     @property
     def added_strings(self) -> list[str]:
         """The added tokens in the order of their ids."""
-        bins = [f"<{index}>" for index in range(BINS)] if self.coordinates == "bins" else []
-        return ["<traj>", "</traj>", "[SEG]", *(f"[SEG_{k}]" for k in range(SLOTS)), *bins]
+        return added_tokens(self.coordinates)
 
     @property
     def size(self) -> int:
@@ -76,29 +87,29 @@ class Vocabulary:
     @property
     def traj_open(self) -> int:
         """Id of `<traj>`."""
-        return self.first_added
+        return self.first_added + START_OFFSET
 
     @property
     def traj_close(self) -> int:
         """Id of `</traj>`."""
-        return self.first_added + 1
+        return self.first_added + END_OFFSET
 
     @property
     def seg(self) -> int:
         """Id of `[SEG]`."""
-        return self.first_added + 2
+        return self.first_added + SEGMENT_OFFSET
 
     @property
     def slots(self) -> list[int]:
         """Ids of the six codebook slots."""
-        return [self.first_added + 3 + k for k in range(SLOTS)]
+        return [self.first_added + FIRST_SLOT_OFFSET + k for k in range(SLOTS)]
 
     @property
     def first_bin(self) -> int:
         """Id of `<0>`; only in the format "bins"."""
         if self.coordinates != "bins":
             raise ValueError("the format 'digits' has no bin tokens")
-        return self.first_added + 3 + SLOTS
+        return self.first_added + FIRST_BIN_OFFSET
 
     def special(self, token: str) -> int:
         """Id of a special token of the tokenizer, such as `<|im_end|>`."""
@@ -110,18 +121,35 @@ class Vocabulary:
         return {token: vocabulary[token] for token in CHAT_TOKENS}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; special and added token strings inside it are encoded as the characters they are."""
+        """Ids of plain text; special and added token strings inside it are encoded as the characters they are.
+
+        Raises:
+            UserError: text that is no Unicode (half of a surrogate pair).
+        """
+        return self._encode(text).ids
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """`encode`, and the number of characters of the text up to the end of each token."""
+        encoding = self._encode(text)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def _encode(self, text: str) -> Encoding:
         backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text has half of a surrogate pair at character {error.start}, which is no Unicode: {text!r:.80}"
+            ) from error
 
-    def bins(self, coordinates: np.ndarray) -> np.ndarray:
-        """Bins of coordinates in [0, 1]: clip(floor(1000 x), 0, 999)."""
-        return np.clip(np.floor(np.asarray(coordinates, np.float64) * BINS), 0, BINS - 1).astype(np.int64)
+    def encode_coordinates(self, points: Float[np.ndarray, "points 2"]) -> list[int]:
+        """Bin tokens x y x y ... of points in [0, 1] (format "bins").
 
-    def encode_coordinates(self, values: Sequence[float] | np.ndarray) -> list[int]:
-        """Bin tokens of a flat list of coordinates (format "bins")."""
-        return (self.first_bin + self.bins(np.asarray(values))).tolist()
+        Raises:
+            UserError: a coordinate that is not finite.
+        """
+        return (self.first_bin + to_bins(points).reshape(-1)).tolist()
 
     def is_bin(self, ids: np.ndarray) -> np.ndarray:
         """Which ids are coordinate bins."""
@@ -130,14 +158,20 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, added tokens written as their strings, special tokens of the chat kept."""
-        pieces, run, strings = [], [], self.added_strings
+        pieces: list[str] = []
+        run: list[int] = []
+        strings = self.added_strings
         for token in ids:
             if token >= self.first_added:
-                pieces += [self.tokenizer.decode(run), strings[token - self.first_added]]
+                pieces += [self._decode(run), strings[token - self.first_added]]
                 run = []
             else:
                 run.append(int(token))
-        return "".join([*pieces, self.tokenizer.decode(run)])
+        return "".join([*pieces, self._decode(run)])
+
+    def _decode(self, ids: list[int]) -> str:
+        """Exactly what the ids say: some tokenizers would tidy up spaces before punctuation."""
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files; added tokens follow from the configuration."""
@@ -148,11 +182,15 @@ def load_vocabulary(directory: str | Path, coordinates: CoordinateFormat = "bins
     """Read the tokenizer of a checkpoint directory.
 
     Raises:
-        UserError: there is no tokenizer in the directory.
+        UserError: there is no tokenizer in the directory, or none that can be read.
     """
     if not any((Path(directory) / name).exists() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"No tokenizer in {directory}: expected tokenizer.json or vocab.json and merges.txt.")
-    return Vocabulary(AutoTokenizer.from_pretrained(str(directory)), coordinates)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
+        raise UserError(f"The tokenizer in {directory} cannot be read: {error}.") from error
+    return Vocabulary(tokenizer, coordinates)
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
