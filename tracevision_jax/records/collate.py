@@ -28,7 +28,13 @@ def collate(rows: Sequence[Sequence[Piece]], bucket: Bucket, config: ProcessorCo
 
 
 def empty_batch(rows: int, bucket: Bucket, config: ProcessorConfig) -> Batch:
-    """A batch of padding."""
+    """A batch of padding.
+
+    Raises:
+        ValueError: the bucket's tokens cannot be parted into the configured slots.
+    """
+    if config.slot_tokens and bucket.tokens % config.slot_tokens:
+        raise ValueError(f"{bucket.tokens} tokens of a bucket are no multiple of slot_tokens, {config.slot_tokens}")
     b, t, f, c = rows, bucket.tokens, bucket.frames, bucket.conversations
     p, k, m, w = bucket.points, bucket.masks, config.mask_size, bucket.windows
     vision = config.vision
@@ -106,7 +112,8 @@ def _check_room(piece: Piece, bucket: Bucket, config: ProcessorConfig, taken: tu
     if config.slot_tokens:
         if longest > config.slot_tokens:
             raise ValueError(f"a conversation has {longest} tokens, its slot of the row {config.slot_tokens}")
-        needed[0], taken = 0, (0, *taken[1:])
+        needed[0] = len(piece.conversations) * config.slot_tokens
+        taken = (taken[3] * config.slot_tokens, *taken[1:])
     names = (field.name for field in dataclasses.fields(Bucket))
     for name, used, more, room in zip(names, taken, needed, dataclasses.astuple(bucket), strict=True):
         if used + more > room:

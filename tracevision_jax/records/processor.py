@@ -52,6 +52,8 @@ class ProcessorConfig:
     """Side of the decoder's masks."""
     max_points: int = 64
     """Keypoints of one trajectory; longer ones are thinned evenly after simplification."""
+    max_traces: int = 8
+    """Trajectories that the user may show in one conversation; the TVP tells no more of them apart."""
     simplification: Simplification = Simplification()
     slot_tokens: int = 0
     """Tokens of a row that each conversation has to itself, so that attention may treat conversations as a batch axis
@@ -148,10 +150,11 @@ class Processor:
         Args:
             sample: the image or video.
             conversations: what is said about it.
-            answer: False leaves the last assistant turn out and ends where its answer begins, for generation.
+            answer: False leaves the last assistant turn out and ends where its answer begins, for generation; masks
+                of earlier answers are then no targets.
 
         Raises:
-            UserError: an image or a trace that cannot be used.
+            UserError: an image or a trace that cannot be used, or turns that make no conversation.
         """
         frames = self.frames(sample)
         encoded = [self.encode(c, sample, frames, answer) for c in conversations]
@@ -182,10 +185,12 @@ class Processor:
         self, conversation: Conversation, sample: Sample, frames: "Frames", answer: bool = True
     ) -> EncodedConversation:
         """Encode one conversation about the frames of a sample."""
-        writer = _Writer(self, sample, frames)
+        writer = _Writer(self, sample, frames, targets=answer)
         turns = list(conversation.turns)
         if not answer and turns and turns[-1].role == "assistant":
             turns = turns[:-1]
+        if not any(turn.role == "user" for turn in turns):
+            raise UserError(f"A conversation of {sample.id} has no turn of the user, in which its frames are shown.")
         if self.config.system_prompt and turns[0].role != "system":
             writer.role("system")
             writer.text(self.config.system_prompt)
@@ -204,6 +209,7 @@ class Processor:
             writer.end()
         if not answer:
             writer.role("assistant")
+        writer.flush()
         tokens = np.asarray(writer.tokens, np.int32)
         positions, offset = mrope_positions(
             tokens,
@@ -237,11 +243,15 @@ class Processor:
 
 
 class _Writer:
-    """Collects the tokens of one conversation and what hangs on them."""
+    """Collects the tokens of one conversation and what hangs on them.
 
-    def __init__(self, processor: Processor, sample: Sample, frames: Frames):
-        self.processor, self.sample, self.shown = processor, sample, frames
+    Text waits in `pending` until something else follows, so that adjacent texts are encoded as one.
+    """
+
+    def __init__(self, processor: Processor, sample: Sample, frames: Frames, targets: bool):
+        self.processor, self.sample, self.shown, self.targets = processor, sample, frames, targets
         self.vocabulary = processor.vocabulary
+        self.pending = ""
         self.tokens: list[int] = []
         self.learn: list[float] = []
         self.visual: list[tuple[int, int]] = []
@@ -254,22 +264,32 @@ class _Writer:
         self.newline = self.vocabulary.encode("\n")
 
     def add(self, tokens: Sequence[int], learn: bool | None = None) -> None:
-        """Append tokens that are plain text or markers."""
+        """Append tokens that have no picture or point behind them."""
+        self.flush()
         self.tokens += tokens
         self.learn += [float(self.learning if learn is None else learn)] * len(tokens)
         self.visual += [(-1, -1)] * len(tokens)
         self.point += [-1] * len(tokens)
 
     def text(self, text: str) -> None:
-        self.add(self.vocabulary.encode(text))
+        self.pending += text
+
+    def flush(self) -> None:
+        """Encode the text that waits."""
+        if self.pending:
+            text, self.pending = self.pending, ""
+            self.add(self.vocabulary.encode(text))
 
     def special(self, token: str, learn: bool | None = None) -> None:
         self.add([self.vocabulary.special(token)], learn)
 
     def role(self, role: str) -> None:
+        """Open a turn; an answer's text starts a token of its own, since in generation it follows the prompt."""
         self.learning = False
         self.special("<|im_start|>")
         self.text(role + "\n")
+        if role == "assistant":
+            self.flush()
 
     def end(self) -> None:
         """Close a turn; its end token is learned with an assistant's text, the newline after it never."""
@@ -311,41 +331,47 @@ class _Writer:
         else:
             raise TypeError(f"not a part of a conversation: {type(part).__name__}")
 
-    def coordinates(self, points: np.ndarray) -> None:
-        """Points (n, 2) as bin tokens or as the paper's text."""
+    def coordinates(self, points: np.ndarray) -> list[int]:
+        """Append points (n, 2) as bin tokens or as the paper's text; which point each token belongs to."""
         if self.processor.config.coordinates == "bins":
-            self.add(self.vocabulary.encode_coordinates(points.reshape(-1)))
-        else:
-            self.text(format_digits(points))
+            self.add(self.vocabulary.encode_coordinates(points))
+            return np.repeat(np.arange(len(points)), 2).tolist()
+        text = format_digits(points)
+        tokens, ends = self.vocabulary.encode_with_ends(text)
+        self.add(tokens)
+        # A token that ends one pair and begins the next belongs to the next.
+        return [text.count("(", 0, end) - 1 for end in ends]
 
     def trace(self, part: TracePart) -> None:
+        """A trajectory; one that the user shows has its points behind its tokens."""
         points = self.processor.keypoints(part, self.sample.size)
         self.add([self.vocabulary.traj_open])
         start = len(self.tokens)
-        self.coordinates(points[:, :2])
+        owners = self.coordinates(points[:, :2])
         if not self.learning:
             first = sum(len(p) for p in self.points)
-            if self.processor.config.coordinates == "bins":
-                self.point[start:] = np.repeat(np.arange(first, first + len(points)), 2).tolist()
-            else:
-                self.point[start:] = _spread(len(self.tokens) - start, len(points), first)
+            self.point[start:] = [first + owner for owner in owners]
             self.points.append(points)
+            most = self.processor.config.max_traces
+            if len(self.points) > most:
+                raise UserError(f"A conversation shows more than {most} traces, more than the model tells apart.")
         self.add([self.vocabulary.traj_close])
 
     def mask(self, part: MaskPart) -> None:
         """[SEG] and its six slots: [SEG] is learned, the slots are fed."""
+        if not self.learning:
+            raise UserError("A mask stands in a turn that is not the assistant's; the user can show traces and boxes.")
         self.add([self.vocabulary.seg])
         slots = np.arange(len(self.tokens), len(self.tokens) + SLOTS)
         self.add(self.vocabulary.slots, learn=False)
+        if not self.targets:
+            return
+        if len(part.mask) != len(self.sample.frames):
+            raise UserError(f"A mask of {len(part.mask)} frames is given for {len(self.sample.frames)} frames.")
         for frame, source in enumerate(self.shown.sources):
             self.mask_frame.append(frame)
             self.mask_slots.append(slots)
             self.mask_target.append(shrink_mask(part.mask[source], self.processor.config.mask_size))
-
-
-def _spread(tokens: int, points: int, first: int) -> list[int]:
-    """Which point each text token of a written trajectory belongs to, by equal shares."""
-    return (first + np.arange(tokens) * points // max(tokens, 1)).tolist()
 
 
 def shrink_mask(mask: np.ndarray, size: int) -> np.ndarray:

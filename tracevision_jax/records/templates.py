@@ -53,7 +53,9 @@ def choose(options: Sequence, rng: Rng):
 
 
 def full_trace(sample: Sample) -> TracePart:
-    """All strokes of a sample's narrative in order of time."""
+    """All strokes of a sample's narrative in order of time; raises ValueError where there are none."""
+    if not any(len(stroke) for stroke in sample.strokes):
+        raise ValueError(f"sample {sample.id} of {sample.source} has no trace")
     points = np.concatenate(sample.strokes)
     return TracePart(points[np.argsort(points[:, 2], kind="stable")], sample.words)
 
@@ -78,9 +80,7 @@ def predict_trace(caption: str, answer: TracePart | None, rng: Rng = None) -> Co
 def locate(phrase: str, box: np.ndarray | None, rng: Rng = None) -> Conversation:
     """Referring localisation."""
     before, after = choose(WHERE, rng)
-    return conversation(
-        "refer_box", (f"{before}{phrase}{after}",), (BoxPart(box),) if box is not None else ()
-    )
+    return conversation("refer_box", (f"{before}{phrase}{after}",), (BoxPart(box),) if box is not None else ())
 
 
 def segment_phrases(regions: Sequence[Region], rng: Rng = None, prompt: str | None = None) -> Conversation:
@@ -110,19 +110,19 @@ def _listed(phrases: Sequence[str]) -> str:
 
 
 def _caption_from_trace(sample: Sample, rng: Rng) -> Conversation:
-    return describe_trace(full_trace(sample), sample.caption, rng)
+    return describe_trace(full_trace(sample), _caption(sample), rng)
 
 
 def _trace_from_caption(sample: Sample, rng: Rng) -> Conversation:
-    return predict_trace(sample.caption, full_trace(sample), rng)
+    return predict_trace(_caption(sample), full_trace(sample), rng)
 
 
 def _joint_caption_trace(sample: Sample, rng: Rng) -> Conversation:
-    return conversation("joint_caption_trace", (choose(JOINT, rng),), (sample.caption, full_trace(sample)))
+    return conversation("joint_caption_trace", (choose(JOINT, rng),), (_caption(sample), full_trace(sample)))
 
 
 def _plain_caption(sample: Sample, rng: Rng) -> Conversation:
-    return conversation("plain_caption", (choose(CAPTION, rng),), (sample.caption,))
+    return conversation("plain_caption", (choose(CAPTION, rng),), (_caption(sample),))
 
 
 def _plain_boxes(sample: Sample, rng: Rng) -> Conversation:
@@ -162,6 +162,12 @@ def _trace_qa(sample: Sample, rng: Rng) -> Conversation:
 
 def _dialogue(sample: Sample, rng: Rng) -> Conversation:
     return _needed_question(sample, rng, "dialogue")
+
+
+def _caption(sample: Sample) -> str:
+    if not sample.caption:
+        raise ValueError(f"sample {sample.id} of {sample.source} has no caption")
+    return sample.caption
 
 
 def _one_region(sample: Sample, rng: Rng) -> Region:
