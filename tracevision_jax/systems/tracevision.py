@@ -24,7 +24,7 @@ from tracevision_jax.records.collate import empty_batch
 from tracevision_jax.records.processor import ProcessorConfig
 from tracevision_jax.records.vocabulary import BINS, SLOTS
 from tracevision_jax.segmentation.losses import dice_per_mask, refinement_per_mask
-from tracevision_jax.segmentation.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from tracevision_jax.segmentation.pixel_decoder import SCALES, PixelDecoder, PixelDecoderConfig
 from tracevision_jax.systems.protocol import Params, Scalars, State
 from tracevision_jax.trajectory.fourier import bin_centres, line_features
 from tracevision_jax.trajectory.tvp import TVP, TVPConfig, frame_time_windows
@@ -39,10 +39,13 @@ STAGES: dict[str, str] = {
     "stage1": r"tvp/.*|host/language/added/.*",
     "stage1_5": r".*",
     "stage2": r"host/language/.*",
-    "stage2_joint": r"host/language/.*|tvp/.*|decoder/.*",
+    "stage2_joint": r"host/language/.*|tvp/.*",
 }
-"""What each stage trains, as a pattern of parameter paths: Sec. 4.1; `stage2_joint` is App. B's wording. Stage 0
-pretrains a host that was drawn at random; a released host starts at stage 1."""
+"""What each stage trains, as a pattern of parameter paths: Sec. 4.1; `stage2_joint` is the wording of Sec. 3.4 and
+App. B. Stage 0 pretrains a host that was drawn at random; a released host starts at stage 1."""
+
+GEOMETRY = ("patch", "merge", "temporal_patch", "window_units")
+"""What the processor must know of the tower to cut pictures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,18 @@ class TraceVisionConfig:
             raise UserError(
                 f"The processor makes masks of side {self.processor.mask_size}, the decoder {decoder.mask_size}."
             )
+        if SCALES * decoder.tokens_per_scale != SLOTS:
+            raise UserError(
+                f"The pixel decoder takes {SCALES} x {decoder.tokens_per_scale} codebook tokens; a mask has {SLOTS}."
+            )
+        if self.processor.max_traces > self.tvp.max_traces:
+            raise UserError(
+                f"Conversations may show {self.processor.max_traces} traces, the TVP tells {self.tvp.max_traces} apart."
+            )
+        for name in GEOMETRY:
+            cut, taken = getattr(self.processor.vision, name), getattr(host.vision, name)
+            if cut != taken:
+                raise UserError(f"The processor cuts pictures with {name} {cut}, the tower takes {taken}.")
 
 
 def tracevision_config(
@@ -91,29 +106,22 @@ def tracevision_config(
     added = 3 + SLOTS + (BINS if coordinates == "bins" else 0)
     language = dataclasses.replace(host.language, added_tokens=added, first_added=first_added)
     vision = host.vision
-    decoder = dataclasses.replace(
-        decoder or PixelDecoderConfig(), visual_width=vision.width, text_width=language.width
-    )
-    geometry = {
-        "patch": vision.patch,
-        "merge": vision.merge,
-        "temporal_patch": vision.temporal_patch,
-        "window_units": vision.window_units,
-    }
+    decoder = dataclasses.replace(decoder or PixelDecoderConfig(), visual_width=vision.width, text_width=language.width)
+    geometry = {name: getattr(vision, name) for name in GEOMETRY}
     inputs = dataclasses.replace(processor.pop("vision", VisionInputConfig()), **geometry)
-    tvp = {"width": language.width, "heads": language.heads, "mlp_width": language.width} | dict(
-        changes.pop("tvp", {})
+    tvp = TVPConfig(
+        **{"width": language.width, "heads": language.heads, "mlp_width": language.width} | dict(changes.pop("tvp", {}))
     )
+    rows = {
+        "mask_size": decoder.mask_size,
+        "tokens_per_second": host.tokens_per_second,
+        "max_traces": tvp.max_traces,
+    }
     return TraceVisionConfig(
         host=dataclasses.replace(host, language=language),
-        tvp=TVPConfig(**tvp),
+        tvp=tvp,
         decoder=decoder,
-        processor=ProcessorConfig(
-            vision=inputs,
-            mask_size=decoder.mask_size,
-            tokens_per_second=host.tokens_per_second,
-            **processor,
-        ),
+        processor=ProcessorConfig(vision=inputs, **rows | processor),
         **{"feature_groups": (max(vision.groups // 2, 1), vision.groups)} | changes,
     )
 
@@ -157,9 +165,7 @@ class TraceVisionModel(nn.Module):
             return spread.reshape(rows * conversations, *x.shape[1:])
 
         embeddings = self.host.embed(batch.tokens)
-        if (
-            not points
-        ):  # a bucket without trajectories: each conversation's visual features are the image's own
+        if not points:  # a bucket without trajectories: each conversation's visual features are the image's own
             visual = per_conversation(units).reshape(rows, conversations * frames * count, width)
             return Context(place_features(embeddings, visual, batch.visual_index), shallow, deep, [])
         owner = batch.frame_owner.reshape(rows * conversations, frames)
@@ -184,9 +190,7 @@ class TraceVisionModel(nn.Module):
         def by_conversation(x):
             return x.reshape(-1, slot, *x.shape[2:]) if slot else x
 
-        hidden, _ = self.host.run(
-            *map(by_conversation, (context.embeddings, batch.positions, batch.segments))
-        )
+        hidden, _ = self.host.run(*map(by_conversation, (context.embeddings, batch.positions, batch.segments)))
         return hidden.reshape(context.embeddings.shape)
 
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocabulary"]:
@@ -274,9 +278,7 @@ class TraceVision:
         """Nothing lives between steps."""
         return ()
 
-    def loss(
-        self, params: Params, state: State, batch: Batch, rng: jax.Array
-    ) -> tuple[Scalars, Scalars, State]:
+    def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array) -> tuple[Scalars, Scalars, State]:
         """Eq. 12 to 15 as sums and weights: "text" over learned tokens, "refinement" and "dice" over masks."""
         del rng
 
