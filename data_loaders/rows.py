@@ -10,6 +10,7 @@ each record takes of a bucket from its sizes alone, for the epoch plan.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -23,16 +24,22 @@ from tracevision_jax.nearest import suggest
 from tracevision_jax.records import templates
 from tracevision_jax.records.processor import Piece, Processor, ProcessorConfig
 from tracevision_jax.records.sample import Conversation, Sample
-from tracevision_jax.vision.preprocess import image_size, sample_frames, video_size
+from tracevision_jax.vision.preprocess import VisionInputConfig, image_size, sample_frames, video_size
 
 Record = tuple[Sample, list[Conversation]]
 
 CHARACTERS_PER_TOKEN = 2.0
 """Fewest characters of English that a token of any tokenizer in use stands for, on average over a caption."""
-TURN_TOKENS = 40
-"""Upper bound of the tokens of a question's wording and of the chat's markers around a turn and its answer."""
-MASK_TASKS = frozenset({"refer_segment", "trace_segment"})
-TRACE_TASKS = frozenset({"caption_from_trace", "trace_from_caption", "joint_caption_trace", "trace_qa", "trace_segment"})
+TURN_TOKENS = 48
+"""Upper bound of the tokens of a template's wording and of the chat's markers around a turn and its answer."""
+PHRASE_CHARACTERS = 60
+"""Longest phrase of a region, where no caption holds them all."""
+MASK_TOKENS = 12
+"""[SEG], its slots, the markers of its phrase, and what joins it to the next one."""
+REFERRED = 3
+"""Most regions that one referring segmentation asks for (`templates`)."""
+DIALOGUE_EXCHANGES = 4
+"""Most questions in one dialogue of a source."""
 QUESTION_TRACES = 2
 """Most traces in one question of a source."""
 
@@ -107,40 +114,67 @@ def resource_table(
 
 
 def _resources(size: RecordSize, groups: Sequence[tuple[str, ...]], config: ProcessorConfig) -> list[int]:
-    """Upper bounds of one record."""
+    """Upper bounds of one record. A record of several frames is a video."""
     groups = groups or tuple((task,) for task in sorted(size.tasks))
-    vision = config.vision
-    frames, (height, width) = _frames(size, config)
-    windows = math.ceil(height / (vision.window_patches * vision.patch)) * math.ceil(
-        width / (vision.window_patches * vision.patch)
-    )
-    visual = frames * (height // vision.unit_px) * (width // vision.unit_px)
+    frames, windows, visual = _visual(size.frames, size.height, size.width, config.vision)
     prompt = len(config.system_prompt) / CHARACTERS_PER_TOKEN + 8 if config.system_prompt else 0
-    tokens = [prompt + visual + 8 + sum(_task_tokens(task, size, config) for task in group) for group in groups]
+    # Every still or video stands between two markers.
+    tokens = [prompt + visual + 2 + sum(_task_tokens(task, size, config) for task in group) for group in groups]
     points = [sum(_task_points(task, config) for task in group) for group in groups]
-    masks = sum(max(size.regions, 1) * frames for group in groups for task in group if task in MASK_TASKS)
-    total = config.slot_tokens * len(groups) if config.slot_tokens else math.ceil(sum(tokens))
+    masks = sum(_task_masks(task, size) * frames for group in groups for task in group)
+    total = config.slot_tokens * len(groups) if config.slot_tokens else sum(math.ceil(count) for count in tokens)
     return [total, frames, windows, len(groups), max(points, default=0), masks]
 
 
-def _frames(size: RecordSize, config: ProcessorConfig) -> tuple[int, tuple[int, int]]:
-    vision = config.vision
-    if size.frames <= 1:
-        return 1, image_size(size.height, size.width, vision)
-    # The rate of a video is not part of its size: the most frames that any rate could give.
-    sampled = len(sample_frames(size.frames, vision.frames_per_second, vision))
-    return math.ceil(sampled / vision.temporal_patch), video_size(size.height, size.width, sampled, vision)
+@functools.lru_cache(maxsize=4096)
+def _visual(frames: int, height: int, width: int, vision: VisionInputConfig) -> tuple[int, int, int]:
+    """Most temporal patches, windows of one, and visual tokens that a still or a video of this size can have.
+
+    A video's rate is not part of its size, so every number of sampled frames is possible; fewer are larger each.
+    """
+    if frames <= 1:
+        return (1, *_cut(*image_size(height, width, vision), vision))
+    most = len(sample_frames(frames, vision.frames_per_second, vision))
+    least = len(sample_frames(frames, frames * vision.frames_per_second, vision))  # as if it lasted a second
+    patches, windows, visual = 0, 0, 0
+    for count in range(least, most + 1, vision.temporal_patch):
+        patches = math.ceil(count / vision.temporal_patch)
+        here, units = _cut(*video_size(height, width, count, vision), vision)
+        windows, visual = max(windows, here), max(visual, patches * units)
+    return patches, windows, visual
+
+
+def _cut(height_px: int, width_px: int, vision: VisionInputConfig) -> tuple[int, int]:
+    """Windows and units of a resized picture."""
+    side_px = vision.window_patches * vision.patch
+    windows = math.ceil(height_px / side_px) * math.ceil(width_px / side_px)
+    return windows, (height_px // vision.unit_px) * (width_px // vision.unit_px)
 
 
 def _task_points(task: str, config: ProcessorConfig) -> int:
+    """Keypoints that the user shows."""
     if task in ("trace_qa", "dialogue"):
         return QUESTION_TRACES * config.max_points
-    return config.max_points if task in TRACE_TASKS or task == "refer_box" else 0
+    return config.max_points if task in ("caption_from_trace", "trace_segment", "refer_box") else 0
+
+
+def _task_masks(task: str, size: RecordSize) -> int:
+    """Masks of one frame."""
+    regions = max(size.regions, 1)
+    return {"refer_segment": min(regions, REFERRED), "trace_segment": regions, "dialogue": regions}.get(task, 0)
 
 
 def _task_tokens(task: str, size: RecordSize, config: ProcessorConfig) -> float:
-    coordinate = 1 if config.coordinates == "bins" else 4
-    trace = 2 * coordinate * config.max_points + 2
+    """Tokens of a question and its answer."""
+    # The longest written point is "(123,456), ": eleven characters, each a token at worst.
+    coordinate = 1 if config.coordinates == "bins" else 5.5
+    trace, box = 2 * coordinate * config.max_points + 2, 4 * coordinate + 2
+    masks = MASK_TOKENS * _task_masks(task, size)
+
+    def phrases(most: int) -> float:
+        characters = max(size.caption_characters, PHRASE_CHARACTERS * min(max(size.regions, 1), most))
+        return characters / CHARACTERS_PER_TOKEN
+
     caption = size.caption_characters / CHARACTERS_PER_TOKEN
     question = size.question_characters / CHARACTERS_PER_TOKEN
     text = {
@@ -148,9 +182,11 @@ def _task_tokens(task: str, size: RecordSize, config: ProcessorConfig) -> float:
         "trace_from_caption": caption + trace,
         "joint_caption_trace": caption + trace,
         "plain_caption": caption,
+        "plain_boxes": phrases(1) + box,
         "trace_qa": question + QUESTION_TRACES * trace,
-        "dialogue": 4 * TURN_TOKENS + question + QUESTION_TRACES * trace,
-        "refer_box": question + trace + 4 * coordinate,
-        "plain_boxes": 4 * coordinate + 16,
+        "refer_box": max(question, phrases(1)) + trace + box,
+        "refer_segment": max(question + phrases(1), 2 * phrases(REFERRED)) + masks,
+        "trace_segment": question + phrases(size.regions) + trace + masks,
+        "dialogue": question + phrases(1) + QUESTION_TRACES * trace + box + masks,
     }
-    return TURN_TOKENS + text.get(task, max(question, caption) + trace + 9 * max(size.regions, 1))
+    return TURN_TOKENS * (DIALOGUE_EXCHANGES if task == "dialogue" else 1) + text[task]
