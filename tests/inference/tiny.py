@@ -62,14 +62,18 @@ def system() -> TraceVision:
 
 @functools.cache
 def params():
-    """Drawn in numpy, which compiles nothing: matrices at gain 1.5, scales around 1."""
+    """Drawn in numpy, which compiles nothing: matrices with std 1 / sqrt(fan-in), scales 1 +- 0.3, biases 0.1."""
     random = np.random.default_rng(0)
 
     def draw(path, leaf) -> np.ndarray:
         noise = random.standard_normal(leaf.shape, np.float32)
-        if path[-1].key == "scale":
+        *_, module, name = (key.key for key in path)
+        if name == "scale":
             return 1 + 0.3 * noise
-        return 0.1 * noise if leaf.ndim < 2 else 1.5 * noise / np.sqrt(leaf.shape[-2])
+        if name != "kernel":
+            return noise / np.sqrt(leaf.shape[-1]) if name in ("embedding", "head") else 0.1 * noise
+        inputs = {"q": (-3,), "k": (-3,), "v": (-3,), "place": (-3,), "qkv": (-4,), "o": (-3, -2), "proj": (-3, -2)}
+        return noise / np.sqrt(np.prod([leaf.shape[axis] for axis in inputs.get(module, (-2,))]))
 
     shapes = jax.eval_shape(system().init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from tracevision_jax.records.vocabulary import Vocabulary, load_vocabulary
 from tracevision_jax.systems.config_json import from_json, to_json
 from tracevision_jax.systems.tracevision import TraceVision, TraceVisionConfig, tracevision_config
 from tracevision_jax.vision.preprocess import config_from_json
-from tracevision_jax.weights import model_directory
+from tracevision_jax.weights import hashes, model_directory, native
 from tracevision_jax.weights.arrays import first_device
 from tracevision_jax.weights.families import load_host, recognise
 from tracevision_jax.weights.hugging_face import read_json
@@ -116,6 +117,17 @@ def find_model(path: str | Path) -> Path:
             "run end"
         )
     return directory
+
+
+def fingerprint(path: str | Path) -> str:
+    """What changes whenever a checkpoint does: its files' hashes where it has them, else their sizes and times."""
+    directory = find_model(path)
+    for name in (hashes.FILE, native.MANIFEST):
+        if (directory / name).is_file():
+            return hashlib.sha256((directory / name).read_bytes()).hexdigest()[:32]
+    states = [(file.name, file.stat()) for file in sorted(directory.iterdir()) if file.is_file()]
+    text = "\n".join(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _read_model(directory: Path, mesh: Mesh | None, dtype: str | None) -> Checkpoint:
