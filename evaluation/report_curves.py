@@ -67,7 +67,9 @@ class Stage:
     def step_seconds(self) -> float:
         """Seconds spent in steps, compilation and waiting for data included; not start, evaluation or export."""
         before = [0, *(line["step"] for line in self.train)]
-        return sum(line["step_seconds"] * (line["step"] - first) for line, first in zip(self.train, before, strict=False))
+        return sum(
+            line["step_seconds"] * (line["step"] - first) for line, first in zip(self.train, before, strict=False)
+        )
 
     @property
     def last_parts(self) -> dict[str, float]:
@@ -204,6 +206,6 @@ def _points(panel: Panel, places: Sequence[tuple[int, float, float, float]]) -> 
     above = last_y - 8 if last_y - 8 > TOP - 8 else last_y + 16
     return [
         *(f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="3.2"/>' for _, _, px, py in dots),
-        f'<text class="value" x="{min(last_x + 4, WIDTH - 2):.1f}" y="{above:.1f}" text-anchor="end">{value:.3g}</text>',
+        f'<text class="value" x="{last_x + 4:.1f}" y="{above:.1f}" text-anchor="end">{value:.3g}</text>',
         *hover,
     ]

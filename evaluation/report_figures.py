@@ -18,7 +18,8 @@ from jaxtyping import Float
 from PIL import Image
 from scipy.interpolate import CubicSpline
 
-from evaluation.report_page import Card, Line, Section
+from evaluation.report_page import Line, Section
+from evaluation.report_pictures import Images
 from tracevision_jax.inference.attention import BlockAttention
 from tracevision_jax.inference.pictures import (
     TIME_COLOURS,
@@ -40,7 +41,6 @@ from tracevision_jax.vision.pictures import read_image, to_rgb
 
 PANEL_PX = 360
 ANSWER_TOKENS = 96
-JPEG_QUALITY = 90
 
 
 class Model(Protocol):
@@ -48,23 +48,11 @@ class Model(Protocol):
 
     def describe(self, image: Any, trace: Any, *, max_new_tokens: int) -> Any:
         """An answer with `text`."""
+        ...
 
     def attention(self, image: Any, trace: Any) -> list[BlockAttention]:
         """The TVP's attention, block by block."""
-
-
-class Images:
-    """The folder of the page's pictures."""
-
-    def __init__(self, directory: Path, prefix: str = "images"):
-        """Make `directory`; the page finds it as `prefix`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self.directory, self.prefix = directory, prefix
-
-    def card(self, name: str, picture: Image.Image, alternative: str, *lines: Line) -> Card:
-        """Write a picture and show it."""
-        picture.convert("RGB").save(self.directory / f"{name}.jpg", quality=JPEG_QUALITY, subsampling=0, optimize=True)
-        return Card(f"{self.prefix}/{name}.jpg", alternative, tuple(lines), picture.size)
+        ...
 
 
 # Attention
@@ -86,13 +74,13 @@ def attention_section(model: Model, samples: Sequence[Sample], images: Images) -
     return Section(
         "attention",
         "TVP attention maps",
-        "Attention of the last TVP block, averaged over its heads, on held-out scenes. Vision to trace (Eq. 4) is where "
-        "the keypoints look, brighter where more of them do. Trace to vision (Eq. 3) is what each place of the picture "
-        "takes from the trace: its colour is the moment (blue first, red last), its strength how far the place "
-        "singles that moment out.",
+        "Attention of the last TVP block, averaged over its heads, on held-out scenes. Vision to trace (Eq. 4) is "
+        "where the keypoints look, brighter where more of them do. Trace to vision (Eq. 3) is what each place of the "
+        "picture takes from the trace: its colour is the moment (blue first, red last), its strength how far the "
+        "place singles that moment out.",
         tuple(cards),
         "" if cards or not missing else "The model has no TVP, so there is no attention between trace and picture.",
-        wide=True,
+        columns=3,
     )
 
 
@@ -160,7 +148,7 @@ def simplification_section(sample: Sample, how: Simplification, images: Images) 
         f"{how.epsilon_px:g} px for phrases of importance 5, five times that for importance 1: {len(points)} recorded "
         f"points become {len(keypoints)} keypoints, {fewer:.0f} % fewer. (The paper's Fig. 3: 410 become 37.)",
         (images.card("simplification", picture, "A recorded trace, and its keypoints coloured by importance"),),
-        wide=True,
+        columns=3,
     )
 
 
@@ -173,7 +161,7 @@ class Photograph:
 
     path: Path
     strokes: tuple[tuple[float, float, float], ...]
-    """Places that the hand passes, (x, y, seconds); the trace is the smooth curve through them at 60 points a second."""
+    """Places that the hand passes, (x, y, seconds); the trace is the smooth curve through them at 60 Hz."""
     credit: str
 
     @property
@@ -241,7 +229,9 @@ def photograph_section(model: Model, photograph: Photograph | None, side_px: int
     blocks = model.attention(small, trace)
     panels = attention_panels(blocks, image, trace)
     keypoints = blocks[0].points if blocks else trace
-    panels.insert(1, Panel(_keypoints_drawn(image, keypoints), title=f"{len(trace)} points, {len(keypoints)} keypoints"))
+    panels.insert(
+        1, Panel(_keypoints_drawn(image, keypoints), title=f"{len(trace)} points, {len(keypoints)} keypoints")
+    )
     answer = model.describe(small, trace, max_new_tokens=ANSWER_TOKENS)
     card = images.card(
         "photograph",
@@ -251,11 +241,11 @@ def photograph_section(model: Model, photograph: Photograph | None, side_px: int
         Line("photograph", f"{photograph.path.name}, {photograph.credit}"),
     )
     note = (
-        f"A trace drawn by hand over a photograph, which the model sees at {width} x {height} pixels. The model of this "
-        "demo has never seen anything but synthetic scenes of coloured shapes, so its words are about those: what can "
-        "be judged here is where it looks, not what it names."
+        f"A trace drawn by hand over a photograph, which the model sees at {width} x {height} pixels. The model of "
+        "this demo has never seen anything but synthetic scenes of coloured shapes, so its words are about those: "
+        "what can be judged here is where it looks, not what it names."
     )
-    return Section("photograph", title, note, (card,), wide=True)
+    return Section("photograph", title, note, (card,), columns=3)
 
 
 def _keypoints_drawn(image: Picture, points: Float[np.ndarray, "points 3"]) -> Image.Image:

@@ -48,8 +48,8 @@ class Section:
     cards: tuple[Card, ...] = ()
     missing: str = ""
     """Why there is nothing, or less than expected."""
-    wide: bool = False
-    """Whether the pictures are wide, one a row."""
+    columns: int = 1
+    """How many panels the pictures have side by side, 1 to 3: how wide they are shown."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,13 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of a table; `reason` says why there is no number."""
-
-    text: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
 class Table:
-    """Numbers: the first column names the row."""
+    """Numbers as text: the first column names the row."""
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    note: str = ""
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
