@@ -23,6 +23,7 @@ from tracevision_jax.records.sample import (
     PhrasePart,
     Sample,
     TracePart,
+    UnitNamesPart,
 )
 from tracevision_jax.records.simplification import Simplification, simplify_trace
 from tracevision_jax.records.vocabulary import SLOTS, CoordinateFormat, Vocabulary
@@ -36,6 +37,10 @@ from tracevision_jax.vision.preprocess import (
     sample_frames,
 )
 from tracevision_jax.vision.windows import raster_units
+
+
+NAMED_SHARE = 0.2
+"""Least part of a visual token's area that an object covers for the token to be named after it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +92,8 @@ class EncodedConversation:
     mask_frame: list[int] = dataclasses.field(default_factory=list)
     mask_target: list[np.ndarray] = dataclasses.field(default_factory=list)
     mask_slots: list[np.ndarray] = dataclasses.field(default_factory=list)
+    unit_names: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """(visual tokens that are named, 2): place among the tokens, and the word's first token."""
     next_position: int = 0
     """Rotary position of the token after the last."""
 
@@ -170,7 +177,8 @@ class Processor:
         if sample.frames_per_second > 0:
             video = preprocess_video(sample.frames, sample.frames_per_second, config)
             chosen = sample_frames(len(sample.frames), sample.frames_per_second, config)
-            span = VisualSpan(len(video.grid), *video.grid[0].tolist(), video.seconds_per_frame)
+            rows, cols = video.grid[0].tolist()
+            span = VisualSpan(len(video.grid), rows, cols, video.seconds_per_frame)
             return Frames(video.values, video.grid, video.frame_times, [span], chosen[:: config.temporal_patch])
         stills = [preprocess_image(frame, config) for frame in sample.frames]
         return Frames(
@@ -230,6 +238,7 @@ class Processor:
             mask_frame=writer.mask_frame,
             mask_target=writer.mask_target,
             mask_slots=writer.mask_slots,
+            unit_names=np.asarray(writer.unit_names, np.int64).reshape(-1, 2),
             next_position=len(tokens) + offset,
         )
 
@@ -260,6 +269,7 @@ class _Writer:
         self.mask_frame: list[int] = []
         self.mask_target: list[np.ndarray] = []
         self.mask_slots: list[np.ndarray] = []
+        self.unit_names: list[tuple[int, int]] = []
         self.learning = False
         self.newline = self.vocabulary.encode("\n")
 
@@ -326,10 +336,27 @@ class _Writer:
             self.special("<|box_end|>")
         elif isinstance(part, TracePart):
             self.trace(part)
+        elif isinstance(part, UnitNamesPart):
+            self.name_units(part)
         elif isinstance(part, MaskPart):
             self.mask(part)
         else:
             raise TypeError(f"not a part of a conversation: {type(part).__name__}")
+
+    def name_units(self, part: UnitNamesPart) -> None:
+        """Note which word each visual token shall call to mind: the object that covers most of it, or the end token."""
+        if not self.targets:
+            return
+        ids = [self.vocabulary.encode(" " + word)[0] for word, _ in part.names]
+        nothing, merge = self.vocabulary.special("<|endoftext|>"), self.processor.config.vision.merge
+        places = [index for index, (frame, _) in enumerate(self.visual) if frame >= 0]
+        for frame, source in enumerate(self.shown.sources):
+            rows, cols = (self.shown.grid[frame] // merge).tolist()
+            shares = np.stack([shrink_mask(mask[source], rows, cols).reshape(-1) for _, mask in part.names])
+            best = shares.argmax(0)
+            words = np.where(shares.max(0) >= NAMED_SHARE, np.asarray(ids)[best], nothing)
+            self.unit_names += zip(places[: rows * cols], words.tolist(), strict=True)
+            places = places[rows * cols :]
 
     def coordinates(self, points: np.ndarray) -> list[int]:
         """Append points (n, 2) as bin tokens or as the paper's text; which point each token belongs to."""
@@ -368,13 +395,14 @@ class _Writer:
             return
         if len(part.mask) != len(self.sample.frames):
             raise UserError(f"A mask of {len(part.mask)} frames is given for {len(self.sample.frames)} frames.")
+        side = self.processor.config.mask_size
         for frame, source in enumerate(self.shown.sources):
             self.mask_frame.append(frame)
             self.mask_slots.append(slots)
-            self.mask_target.append(shrink_mask(part.mask[source], self.processor.config.mask_size))
+            self.mask_target.append(shrink_mask(part.mask[source], side, side))
 
 
-def shrink_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """A boolean mask as area shares on a (size, size) grid stretched over the whole image, float32."""
+def shrink_mask(mask: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """A boolean mask as area shares on a (rows, cols) grid stretched over the whole image, float32."""
     image = Image.fromarray(np.asarray(mask, np.uint8) * 255)
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32) / 255.0
+    return np.asarray(image.resize((cols, rows), Image.Resampling.BOX), np.float32) / 255.0

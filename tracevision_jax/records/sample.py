@@ -62,7 +62,19 @@ class PhrasePart:
     text: str
 
 
-Part = str | TracePart | BoxPart | MaskPart | PhrasePart
+@dataclass(frozen=True)
+class UnitNamesPart:
+    """A word for each visual token of the pictures shown before: a dense caption, learned at the tokens themselves.
+
+    It adds no text. The language model is taught to have the word of what lies under a visual token in mind there,
+    which gives a host that starts from nothing many targets a picture.
+    """
+
+    names: tuple[tuple[str, Bool[np.ndarray, "frames height width"]], ...]
+    """(word, mask) of each object; a token under no mask has none."""
+
+
+Part = str | TracePart | BoxPart | MaskPart | PhrasePart | UnitNamesPart
 
 
 @dataclass(frozen=True)

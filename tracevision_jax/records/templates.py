@@ -22,6 +22,7 @@ from tracevision_jax.records.sample import (
     Sample,
     TracePart,
     Turn,
+    UnitNamesPart,
 )
 
 Rng = np.random.Generator | None
@@ -41,6 +42,7 @@ JOINT = (
     "Narrate the image, then trace your narration.",
 )
 CAPTION = ("Describe the image.", "What is in this image?", "Give a short description of the image.")
+LIST = ("List the objects with their boxes.", "What is where?")
 WHERE = (("Where is ", "? Answer with a box."), ("Locate ", " with a box."), ("Give the box of ", "."))
 WHAT_BOX = (("What is in ", "?"), ("Name the object in ", "."))
 SEGMENT = (("Segment ", "."), ("Give the mask of ", "."), ("Outline ", "."))
@@ -49,7 +51,7 @@ SEGMENT_TRACE = (("Segment what ", " points at."), ("Give the mask of what ", " 
 
 def choose(options: Sequence, rng: Rng):
     """The first option, or a random one."""
-    return options[0] if rng is None else options[rng.integers(len(options))]
+    return options[0] if rng is None else options[int(rng.integers(len(options)))]
 
 
 def full_trace(sample: Sample) -> TracePart:
@@ -131,6 +133,28 @@ def _plain_boxes(sample: Sample, rng: Rng) -> Conversation:
     return conversation("plain_boxes", (before, BoxPart(region.box[0]), after), (region.phrase,))
 
 
+def _plain_objects(sample: Sample, rng: Rng) -> Conversation:
+    """Every region with its box, from left to right."""
+    regions = sorted(_present(sample), key=lambda region: float(region.box[0][0]))
+    answer = [part for region in regions for part in (PhrasePart(region.phrase), BoxPart(region.box[0]))]
+    return conversation("plain_objects", (choose(LIST, rng),), answer)
+
+
+def _plain_names(sample: Sample, rng: Rng) -> Conversation:
+    """The name of each of several boxes, and of each visual token the noun of the phrase that it lies under."""
+    regions = _present(sample)
+    order = range(len(regions)) if rng is None else rng.permutation(len(regions))
+    asked = [regions[index] for index in order]
+    named = tuple((r.phrase.split()[-1], r.mask) for r in regions if r.mask is not None and r.phrase.split())
+    question = [UnitNamesPart(named)] if named else []
+    before, after = choose(WHAT_BOX, rng)
+    return conversation(
+        "plain_names",
+        (*question, before, *(BoxPart(region.box[0]) for region in asked), after),
+        (", ".join(region.phrase for region in asked) + ".",),
+    )
+
+
 def _refer_box(sample: Sample, rng: Rng) -> Conversation:
     asked = _question(sample, rng, QUESTIONS_OF["refer_box"])
     if asked is not None:
@@ -171,10 +195,14 @@ def _caption(sample: Sample) -> str:
 
 
 def _one_region(sample: Sample, rng: Rng) -> Region:
+    return choose(_present(sample), rng)
+
+
+def _present(sample: Sample) -> list[Region]:
     present = [region for region in sample.regions if np.isfinite(region.box[0]).all()]
     if not present:
         raise ValueError(f"sample {sample.id} of {sample.source} has no region with a box in its first frame")
-    return choose(present, rng)
+    return present
 
 
 def _masked(sample: Sample) -> list[Region]:
@@ -221,6 +249,8 @@ TASKS: dict[str, Callable[[Sample, Rng], Conversation]] = {
     "dialogue": _dialogue,
     "plain_caption": _plain_caption,
     "plain_boxes": _plain_boxes,
+    "plain_objects": _plain_objects,
+    "plain_names": _plain_names,
 }
 """Task kind -> builder."""
 

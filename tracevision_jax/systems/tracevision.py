@@ -22,11 +22,12 @@ from tracevision_jax.ops.cross_entropy import learned_first, token_cross_entropy
 from tracevision_jax.records.batch import Batch, Bucket
 from tracevision_jax.records.collate import empty_batch
 from tracevision_jax.records.processor import ProcessorConfig
-from tracevision_jax.records.vocabulary import BINS, SLOTS
+from tracevision_jax.records.vocabulary import SLOTS
 from tracevision_jax.segmentation.losses import dice_per_mask, refinement_per_mask
 from tracevision_jax.segmentation.pixel_decoder import SCALES, PixelDecoder, PixelDecoderConfig
 from tracevision_jax.systems.protocol import Params, Scalars, State
 from tracevision_jax.trajectory.fourier import bin_centres, line_features
+from tracevision_jax.trajectory.tokens import BINS, FIRST_BIN_OFFSET, added_tokens
 from tracevision_jax.trajectory.tvp import TVP, TVPConfig, frame_time_windows
 from tracevision_jax.vision.preprocess import VisionInputConfig
 from tracevision_jax.vision.raster import features_on_square, unit_centres
@@ -102,27 +103,26 @@ def tracevision_config(
         changes: other fields of `TraceVisionConfig`; `tvp` and `processor` may be dictionaries of their fields.
     """
     processor = dict(changes.pop("processor", {}))
-    coordinates = processor.get("coordinates", "bins")
-    added = 3 + SLOTS + (BINS if coordinates == "bins" else 0)
-    language = dataclasses.replace(host.language, added_tokens=added, first_added=first_added)
+    added = added_tokens(processor.get("coordinates", "bins"))
+    language = dataclasses.replace(host.language, added_tokens=len(added), first_added=first_added)
     vision = host.vision
     decoder = dataclasses.replace(decoder or PixelDecoderConfig(), visual_width=vision.width, text_width=language.width)
     geometry = {name: getattr(vision, name) for name in GEOMETRY}
     inputs = dataclasses.replace(processor.pop("vision", VisionInputConfig()), **geometry)
-    tvp = TVPConfig(
-        **{"width": language.width, "heads": language.heads, "mlp_width": language.width} | dict(changes.pop("tvp", {}))
-    )
-    rows = {
+    sizes: dict[str, Any] = {"width": language.width, "heads": language.heads, "mlp_width": language.width}
+    tvp = TVPConfig(**sizes | dict(changes.pop("tvp", {})))
+    rows: dict[str, Any] = {
         "mask_size": decoder.mask_size,
         "tokens_per_second": host.tokens_per_second,
         "max_traces": tvp.max_traces,
     }
+    depths: dict[str, Any] = {"feature_groups": (max(vision.groups // 2, 1), vision.groups)}
     return TraceVisionConfig(
         host=dataclasses.replace(host, language=language),
         tvp=tvp,
         decoder=decoder,
         processor=ProcessorConfig(vision=inputs, **rows | processor),
-        **{"feature_groups": (max(vision.groups // 2, 1), vision.groups)} | changes,
+        **depths | changes,
     )
 
 
@@ -270,7 +270,7 @@ class TraceVision:
         for name, base in (("embedding", embedding), ("head", head)):
             norm = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(base.astype(jnp.float32)), -1)))
             places = norm * line_features(bin_centres(BINS), self.config.host.language.width)
-            added[name] = added[name].at[3 + SLOTS :].set(places.astype(added[name].dtype))
+            added[name] = added[name].at[FIRST_BIN_OFFSET:].set(places.astype(added[name].dtype))
         host = params["host"] | {"language": language | {"added": added}}
         return params | {"host": host}
 
@@ -282,8 +282,10 @@ class TraceVision:
         """Eq. 12 to 15 as sums and weights: "text" over learned tokens, "refinement" and "dice" over masks."""
         del rng
 
-        variables = {"params": params}
-        hidden, masks = self.model.apply(variables, batch)
+        def apply(*inputs: Any, method: str) -> Any:
+            return self.model.apply({"params": params}, *inputs, method=method)
+
+        hidden, masks = apply(batch, method="__call__")
         text, correct = token_cross_entropy(
             *learned_first(
                 self.config.processor.learned_tokens(hidden.shape[1]),
@@ -291,7 +293,7 @@ class TraceVision:
                 batch.targets,
                 batch.target_weights,
             ),
-            lambda rows: self.model.apply(variables, rows, method="logits"),
+            lambda rows: apply(rows, method="logits"),
             self.config.logit_chunk,
         )
         real = (batch.mask_group > 0).astype(jnp.float32)

@@ -82,7 +82,7 @@ class CrossAttention(nn.Module):
 
         spread = nn.initializers.lecun_normal()
 
-        def project(name, init=spread):
+        def project(name: str, init: Any = spread) -> nn.DenseGeneral:
             return nn.DenseGeneral((self.heads, head_dim), name=name, kernel_init=init, **kinds)
 
         # |W p|^2 / sqrt(head_dim) = gain for the unit-norm features p of one place.
@@ -96,7 +96,7 @@ class CrossAttention(nn.Module):
             logits = logits + bias
         weights = _masked_softmax(logits, mask[:, None])
         mixed = jnp.einsum("rhqk,rkhd->rqhd", weights.astype(v.dtype), v)
-        out_init = _identity if self.identity_values else spread
+        out_init: Any = _identity if self.identity_values else spread
         out = nn.DenseGeneral(width, axis=(-2, -1), name="o", kernel_init=out_init, **kinds)(mixed)
         return out, weights
 
