@@ -1,6 +1,7 @@
 """Preprocessing equals the `transformers` image processor, on every shape and kind of picture."""
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tracevision_jax.vision.pictures import read_image, to_rgb
 from tracevision_jax.vision.preprocess import (
     VisionInputConfig,
     config_from_json,
+    config_to_json,
     from_block_major,
     preprocess_image,
     preprocess_video,
@@ -139,9 +141,7 @@ def test_lab_pictures_keep_their_colour():
     from PIL import ImageCms
 
     red = Image.new("RGB", (4, 4), (200, 30, 40))
-    to_lab = ImageCms.buildTransform(
-        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
-    )
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     np.testing.assert_allclose(to_rgb(ImageCms.applyTransform(red, to_lab))[0, 0], [200, 30, 40], atol=3)
 
 
@@ -283,9 +283,7 @@ def test_settings_are_read_from_the_files_of_a_checkpoint():
         "image_mean": [0.5, 0.5, 0.5],
     }
     assert config_from_json(old) == CONFIG
-    config = config_from_json(
-        new, {"size": {"shortest_edge": 7, "longest_edge": 8}, "max_frames": 16, "fps": 1}
-    )
+    config = config_from_json(new, {"size": {"shortest_edge": 7, "longest_edge": 8}, "max_frames": 16, "fps": 1})
     assert (config.patch, config.min_pixels, config.max_pixels, config.mean) == (
         16,
         1024,
@@ -294,3 +292,16 @@ def test_settings_are_read_from_the_files_of_a_checkpoint():
     )
     assert (config.video_min_pixels, config.video_max_pixels) == (7, 8)
     assert (config.max_frames, config.frames_per_second) == (16, 1.0)
+
+
+def test_settings_are_written_so_that_the_reference_processor_reads_them(tmp_path):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    config = VisionInputConfig(patch=8, merge=2, min_pixels=1024, max_pixels=9000, video_max_pixels=5000, min_frames=2)
+    image, video = config_to_json(config)
+    assert config_from_json(image, video) == config
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(image))
+    picture = Image.fromarray(noise(70, 130))
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=[picture], return_tensors="np")
+    ours = preprocess_image(picture, config)
+    np.testing.assert_array_equal(to_block_major(ours.values, ours.grid, config), theirs["pixel_values"])

@@ -118,8 +118,8 @@ def test_a_damaged_or_newer_manifest_is_refused(tmp_path):
     for change, message in (
         ({"format_version": 99}, "format version 99"),
         ({"family": "qwen2_5_v"}, "Did you mean 'qwen2_5_vl'"),
-        ({"config": {}}, "not valid"),
-        ({"config": good["config"] | {"extra": 1}}, "not valid"),
+        ({"config": {}}, "vision: is missing"),
+        ({"config": good["config"] | {"extra": 1}}, "extra"),
         ({"sha256": None}, "damaged"),
     ):
         path.write_text(json.dumps(good | change))

@@ -59,9 +59,7 @@ def to_rgb(image: Image.Image | np.ndarray) -> UInt8[np.ndarray, "height width 3
             image = Image.alpha_composite(white, image)
         return np.asarray(image.convert("RGB"))
     except ValueError as error:
-        raise UserError(
-            f"a picture of Pillow mode {image.mode} cannot be converted to RGB: {error}"
-        ) from error
+        raise UserError(f"a picture of Pillow mode {image.mode} cannot be converted to RGB: {error}") from error
 
 
 def _image_from_array(array: np.ndarray) -> Image.Image:
@@ -102,7 +100,5 @@ def _rgb_from_wide_grey(image: Image.Image) -> UInt8[np.ndarray, "height width 3
 def _rgb_from_lab(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     from PIL import ImageCms
 
-    transform = ImageCms.buildTransform(
-        ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
-    )
+    transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
     return np.asarray(ImageCms.applyTransform(image, transform))

@@ -121,6 +121,31 @@ def config_from_json(image: Mapping[str, Any], video: Mapping[str, Any] | None =
     return VisionInputConfig(**fields)
 
 
+def config_to_json(config: VisionInputConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`preprocessor_config.json` and `video_preprocessor_config.json` for `transformers`."""
+    shared = {
+        "processor_class": "Qwen2_5_VLProcessor",
+        "patch_size": config.patch,
+        "merge_size": config.merge,
+        "temporal_patch_size": config.temporal_patch,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
+    image = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+    video = {"shortest_edge": config.video_min_pixels, "longest_edge": config.video_max_pixels}
+    return (
+        {"image_processor_type": "Qwen2VLImageProcessor", **shared, "size": image},
+        {
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            **shared,
+            "size": video,
+            "min_frames": config.min_frames,
+            "max_frames": config.max_frames,
+            "fps": config.frames_per_second,
+        },
+    )
+
+
 def smart_resize(height: int, width: int, unit_px: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The size at which a picture enters the tower: multiples of `unit_px`, the area within the limits.
 
@@ -165,9 +190,7 @@ def video_size(height: int, width: int, frames: int, config: VisionInputConfig) 
     return smart_resize(height, width, config.unit_px, config.video_min_pixels, most)
 
 
-def sample_frames(
-    total: int, frames_per_second: float, config: VisionInputConfig
-) -> Int[np.ndarray, " sampled"]:
+def sample_frames(total: int, frames_per_second: float, config: VisionInputConfig) -> Int[np.ndarray, " sampled"]:
     """Which frames of a video to show: about two a second, 4 to 768, an even number, with both ends.
 
     As `qwen-vl-utils` chooses them; the processor of `transformers` takes the same number, each at the start
@@ -292,9 +315,7 @@ def to_block_major(
             mr=merge,
             mc=merge,
         )
-        flat.append(
-            rearrange(picture[:rows, :columns], "(r mr) (c mc) d -> (r c mr mc) d", mr=merge, mc=merge)
-        )
+        flat.append(rearrange(picture[:rows, :columns], "(r mr) (c mc) d -> (r c mr mc) d", mr=merge, mc=merge))
     return np.concatenate(flat)
 
 

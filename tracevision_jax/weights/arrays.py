@@ -107,9 +107,7 @@ def _update(sharding: Sharding) -> Callable[[jax.Array, jax.Array, np.ndarray], 
 
 @cache
 def _cut(shape: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array, np.ndarray], jax.Array]:
-    return jax.jit(
-        lambda array, start: jax.lax.dynamic_slice(array, tuple(start), shape), out_shardings=sharding
-    )
+    return jax.jit(lambda array, start: jax.lax.dynamic_slice(array, tuple(start), shape), out_shardings=sharding)
 
 
 @runtime_checkable

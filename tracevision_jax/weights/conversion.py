@@ -2,24 +2,32 @@
 
     to_native(source, target, family).run()         # safetensors or PyTorch files -> ours
     to_hugging_face(source, target, family).run()   # and back; `transformers` loads the result
+    model_to_hugging_face(source, target).run()     # the host of a trained TraceVision
 
 Everything is checked before anything is written, and the target appears whole or not at all.
 """
 
 import functools
+import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.weights import hugging_face, native
+from tracevision_jax.systems.config_json import from_json
+from tracevision_jax.systems.tracevision import TraceVisionConfig
+from tracevision_jax.vision.preprocess import config_to_json
+from tracevision_jax.weights import hashes, hugging_face, model_directory, native, qwen25vl
+from tracevision_jax.weights.arrays import ArrayLeaf
 from tracevision_jax.weights.directory import check_target, new_directory
+from tracevision_jax.weights.engine import Table, flatten
 from tracevision_jax.weights.families import checked_native_config
-from tracevision_jax.weights.hugging_face import MAX_SHARD_BYTES, Family
+from tracevision_jax.weights.hugging_face import MAX_SHARD_BYTES, Config, Family, Leaves
 from tracevision_jax.weights.safetensors_io import (
     Progress,
     SafetensorsSource,
@@ -28,12 +36,17 @@ from tracevision_jax.weights.safetensors_io import (
     write_sharded,
 )
 
+PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
+HOST = "host/"
+"""Where a system keeps its host's parameters."""
+
 
 @dataclass(frozen=True)
 class Conversion:
     """A conversion that has been checked and can be run."""
 
-    source: Path
+    side_files: Path
+    """The directory whose tokenizer and preprocessor files are copied."""
     target: Path
     plans: list[TensorPlan]
     """What will be written."""
@@ -59,7 +72,7 @@ class Conversion:
         """
         check_space(self.target, self.bytes)
         with new_directory(self.target, overwrite) as folder:
-            hugging_face.copy_side_files(self.source, folder)
+            hugging_face.copy_side_files(self.side_files, folder)
             self.finish(folder, write_sharded(folder, self.stem, self.plans, max_shard_bytes, progress))
 
 
@@ -86,6 +99,18 @@ def check_places(source: Path, target: Path, overwrite: bool) -> None:
         raise UserError(f"{target} and {source} lie within each other; write somewhere else")
 
 
+class ModelLeaf:
+    """A parameter of a model directory, read when it is needed, see `arrays.Leaf`."""
+
+    def __init__(self, read: Callable[[str], np.ndarray], path: str, stored: jax.ShapeDtypeStruct):
+        self.read, self.path = read, path
+        self.shape, self.dtype = tuple(stored.shape), np.dtype(stored.dtype)
+
+    def block(self, start: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+        """See `arrays.Leaf`."""
+        return ArrayLeaf(self.read(self.path)).block(start, shape)
+
+
 def check_space(target: Path, needed: int) -> None:
     """
     Raises:
@@ -94,9 +119,7 @@ def check_space(target: Path, needed: int) -> None:
     place = next(parent for parent in target.resolve().parents if parent.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(
-            f"the weights take {needed / 1e9:.1f} GB, on the disk of {target} are {free / 1e9:.1f} GB free"
-        )
+        raise UserError(f"the weights take {needed / 1e9:.1f} GB, on the disk of {target} are {free / 1e9:.1f} GB free")
 
 
 def to_native(source: Path, target: Path, family: Family, dtype: str | None = None) -> Conversion:
@@ -133,9 +156,63 @@ def to_hugging_face(source: Path, target: Path, family: Family, dtype: str | Non
     leaves, config = family.for_export({path: FileLeaf(weights, path) for path in weights.tensors}, config)
     table = family.table(config)
     kinds = hugging_face.torch_dtypes(table, leaves, None if dtype is None else jnp.dtype(dtype))
-    plans = hugging_face.tensor_plans(table, leaves, kinds)
+    return _export(source, target, family, config, table, leaves, kinds)
+
+
+def model_to_hugging_face(source: Path, target: Path, dtype: str | None = None) -> Conversion:
+    """Check a trained TraceVision (`model_directory`) and prepare to write its host, added tokens merged.
+
+    What the host of `transformers` has no place for, the TVP and the pixel decoder, stays behind.
+
+    Raises:
+        UserError: a damaged model, or one of another system.
+    """
+    content = model_directory.read_config(source)
+    if content.get("system") != "tracevision":
+        raise UserError(f"{source} holds the system '{content.get('system')}'; only 'tracevision' can be exported")
+    system = from_json(TraceVisionConfig, content.get("model"), f"'model' in {source / 'config.json'}")
+    config = system.host
+    if damage := hashes.faults(source):
+        raise UserError("the model is damaged; copy or export it again:\n  " + "\n  ".join(damage))
+
+    # Tensors come parameter by parameter; embedding and head are made of two each.
+    @functools.lru_cache(maxsize=2)
+    def read(path: str) -> np.ndarray:
+        _, params = model_directory.load_model(source, paths=[HOST + path], verify=False)
+        return np.asarray(flatten(params)[HOST + path])
+
+    shapes = model_directory.read_shapes(source)
+    leaves = {
+        path.removeprefix(HOST): ModelLeaf(read, path.removeprefix(HOST), stored)
+        for path, stored in shapes.items()
+        if path.startswith(HOST)
+    }
+    leaves, config = qwen25vl.FAMILY.for_export(leaves, config)
+    table = qwen25vl.table(config)
+    table.check_parameters({path: leaf.shape for path, leaf in leaves.items()}, str(source))
+    kinds = hugging_face.torch_dtypes(table, leaves, None if dtype is None else jnp.dtype(dtype))
+    conversion = _export(source / "tokenizer", target, qwen25vl.FAMILY, config, table, leaves, kinds)
+
+    def finish(folder: Path, files: list[WrittenFile]) -> None:
+        conversion.finish(folder, files)
+        for name, settings in zip(PREPROCESSOR_FILES, config_to_json(system.processor.vision), strict=True):
+            (folder / name).write_text(json.dumps(settings, indent=2) + "\n")
+
+    return replace(conversion, finish=finish)
+
+
+def _export(
+    side_files: Path,
+    target: Path,
+    family: Family,
+    config: Config,
+    table: Table,
+    leaves: Leaves,
+    dtypes: dict[str, np.dtype],
+) -> Conversion:
+    plans = hugging_face.tensor_plans(table, leaves, dtypes)
 
     def finish(folder: Path, files: list[WrittenFile]) -> None:
         hugging_face.write_configurations(folder, family, config, plans, files)
 
-    return Conversion(source, target, plans, finish, hugging_face.WEIGHTS_STEM)
+    return Conversion(side_files, target, plans, finish, hugging_face.WEIGHTS_STEM)

@@ -65,9 +65,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{target} is not empty; choose another directory, or say --overwrite to replace it")
     if not any((target / name).is_file() for name in CHECKPOINT_FILES):
-        raise UserError(
-            f"{target} holds no checkpoint, so it is not replaced even with --overwrite; empty it first"
-        )
+        raise UserError(f"{target} holds no checkpoint, so it is not replaced even with --overwrite; empty it first")
 
 
 def _take_place(folder: Path, target: Path, overwrite: bool) -> None:

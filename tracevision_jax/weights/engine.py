@@ -138,9 +138,7 @@ class Move:
 class Table:
     """The rules of a family at given sizes, written out tensor by tensor and checked for completeness."""
 
-    def __init__(
-        self, rules: Sequence[Rule], sizes: Mapping[str, int], same: Mapping[str, str] | None = None
-    ):
+    def __init__(self, rules: Sequence[Rule], sizes: Mapping[str, int], same: Mapping[str, str] | None = None):
         """`same`: tensors that a checkpoint may repeat under another name (that name -> the one read).
 
         Raises:
@@ -156,8 +154,7 @@ class Table:
         self.torch_shapes = {name: moves[0].layout.torch_shape for name, moves in self.by_name.items()}
         unused = {rule.flax for rule in rules if rule.unused_rest}
         self.flax_shapes = {
-            path: _leading_shape(moves) + moves[0].layout.parameter_shape
-            for path, moves in self.by_path.items()
+            path: _leading_shape(moves) + moves[0].layout.parameter_shape for path, moves in self.by_path.items()
         }
         for name, moves in self.by_name.items():
             _check_tensor(name, moves)
@@ -215,9 +212,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries -> {path: leaf}."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= (
-            flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-        )
+        leaves |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
 
 
@@ -284,9 +279,7 @@ def _check_stretches(what: str, parts: list[Part | None], unused_rest: bool = Fa
     complete = (
         len(stretches) == len(parts)
         and len({(axis, total) for axis, _, _, total in stretches}) == 1
-        and all(
-            start >= end if unused_rest else start == end for start, end in zip(starts, ends, strict=True)
-        )
+        and all(start >= end if unused_rest else start == end for start, end in zip(starts, ends, strict=True))
     )
     if not complete:
         raise ValueError(f"the rules for {what} repeat or leave out part of it: {parts}")

@@ -3,10 +3,12 @@
 config, params = load_host(directory)      # ours or Hugging Face's
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,14 +57,11 @@ def recognise(directory: str | Path) -> Recognised:
         return Recognised(True, family_named(native.read_manifest(directory).family))
     if not (directory / "config.json").is_file():
         raise UserError(
-            f"{directory} is no checkpoint: it has neither tracevision.json (ours) nor config.json "
-            "(Hugging Face's)"
+            f"{directory} is no checkpoint: it has neither tracevision.json (ours) nor config.json (Hugging Face's)"
         )
     config = hugging_face.read_json(directory / "config.json")
     if "model_type" not in config:
-        raise UserError(
-            f"{directory / 'config.json'} names no model_type, so it is no Hugging Face checkpoint"
-        )
+        raise UserError(f"{directory / 'config.json'} names no model_type, so it is no Hugging Face checkpoint")
     return Recognised(False, family_named(str(config["model_type"])))
 
 
@@ -70,6 +69,7 @@ def load_host(
     directory: str | Path,
     sharding_of: ShardingOf = first_device,
     dtype: str | None = None,
+    paths: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Config, dict[str, Any]]:
     """Read a host (configuration, parameters) from our directory or a Hugging Face one.
@@ -78,19 +78,33 @@ def load_host(
         directory: the checkpoint.
         sharding_of: (path, shape) -> where a parameter goes; the first device by default.
         dtype: of the parameters, such as "bfloat16"; as stored by default. The model computes in it, too.
+        paths: which parameters to read; all by default.
         progress: told of each tensor that is read.
 
     Raises:
-        UserError: an unknown, damaged or incomplete checkpoint.
+        UserError: an unknown, damaged or incomplete checkpoint, or an unknown path.
     """
     found = recognise(directory)
     if not found.native:
-        return hugging_face.load_directory(directory, found.family, sharding_of, dtype, progress)
+        return hugging_face.load_directory(directory, found.family, sharding_of, dtype, paths, progress)
     kind = None if dtype is None else jnp.dtype(dtype)
     config = checked_native_config(Path(directory), found.family)
-    _, params = native.load(directory, sharding_of, kind, progress=progress)
+    _, params = native.load(directory, sharding_of, kind, paths, progress=progress)
     kinds = [str(np.dtype(shape.dtype)) for shape in native.read_shapes(directory).values()]
     return found.family.with_dtype(config, dtype or max(set(kinds), key=kinds.count)), params
+
+
+def read_host_shapes(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of a host by path, without reading any; errors as `load_host`."""
+    found = recognise(directory)
+    if found.native:
+        checked_native_config(Path(directory), found.family)
+        return native.read_shapes(directory)
+    checkpoint = hugging_face.open_checkpoint(Path(directory), found.family)
+    return {
+        path: jax.ShapeDtypeStruct(shape, checkpoint.dtypes[path])
+        for path, shape in checkpoint.table.flax_shapes.items()
+    }
 
 
 def checked_native_config(directory: Path, family: Family) -> Config:

@@ -60,7 +60,5 @@ def write_whole(path: Path, content: str) -> None:
 
 def _files(directory: Path) -> list[str]:
     return sorted(
-        path.relative_to(directory).as_posix()
-        for path in directory.rglob("*")
-        if path.is_file() and path.name != FILE
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file() and path.name != FILE
     )

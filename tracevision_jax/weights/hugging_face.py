@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,7 @@ def open_checkpoint(directory: Path, family: Family, dtype: np.dtype | None = No
         UserError: damaged files; or everything that is missing, unexpected or mis-shaped
         (`CheckpointMismatch`).
     """
-    config = family.read_config(
-        read_json(directory / "config.json"), read_json(directory / "generation_config.json")
-    )
+    config = family.read_config(read_json(directory / "config.json"), read_json(directory / "generation_config.json"))
     return open_source(find_tensors(directory), family, config, str(directory), dtype)
 
 
@@ -164,30 +162,38 @@ def _dtypes(source: TensorSource, table: Table, whole: str, dtype: np.dtype | No
     if dtype is not None:
         return dict.fromkeys(table.by_path, np.dtype(dtype))
     found = {path: {source.tensors[m.name].dtype for m in moves} for path, moves in table.by_path.items()}
-    mixed = [
-        f"{path} ({', '.join(sorted(map(str, kinds)))})" for path, kinds in found.items() if len(kinds) > 1
-    ]
+    mixed = [f"{path} ({', '.join(sorted(map(str, kinds)))})" for path, kinds in found.items() if len(kinds) > 1]
     if mixed:
-        raise UserError(
-            f"{whole} mixes dtypes within {', '.join(mixed)}; say which one you want (--dtype float32)"
-        )
+        raise UserError(f"{whole} mixes dtypes within {', '.join(mixed)}; say which one you want (--dtype float32)")
     return {path: kinds.pop() for path, kinds in found.items()}
 
 
 def load(
-    checkpoint: OpenCheckpoint, sharding_of: ShardingOf = first_device, progress: Progress | None = None
+    checkpoint: OpenCheckpoint,
+    sharding_of: ShardingOf = first_device,
+    paths: Iterable[str] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Read all parameters, one tensor of the files at a time, straight to where they belong."""
+    """Read parameters (all by default), one tensor of the files at a time, straight to where they belong.
+
+    Raises:
+        UserError: an unknown path.
+    """
     table = checkpoint.table
+    wanted = set(table.flax_shapes) if paths is None else set(paths)
+    if unknown := sorted(wanted - set(table.flax_shapes)):
+        raise UserError(f"the checkpoint has no parameter {', '.join(unknown)}")
     builders = {
         path: ArrayBuilder(shape, checkpoint.dtypes[path], sharding_of(path, shape))
         for path, shape in table.flax_shapes.items()
+        if path in wanted
     }
     for name in checkpoint.source.tensors:
-        if name not in table.by_name:
+        moves = [move for move in table.by_name.get(name, ()) if move.path in wanted]
+        if not moves:
             continue
         tensor = checkpoint.source.read(name)
-        for move in table.by_name[name]:
+        for move in moves:
             builders[move.path].write(move.start, move.to_flax(tensor))
         if progress:
             progress(name, tensor.nbytes)
@@ -199,6 +205,7 @@ def load_directory(
     family: Family,
     sharding_of: ShardingOf = first_device,
     dtype: str | None = None,
+    paths: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Config, dict[str, Any]]:
     """Open and load a directory; the configuration says the dtype that most parameters have.
@@ -209,7 +216,7 @@ def load_directory(
     checkpoint = open_checkpoint(Path(directory), family, None if dtype is None else jnp.dtype(dtype))
     kinds = [str(kind) for kind in checkpoint.dtypes.values()]
     config = family.with_dtype(checkpoint.config, max(set(kinds), key=kinds.count))
-    return config, load(checkpoint, sharding_of, progress)
+    return config, load(checkpoint, sharding_of, paths, progress)
 
 
 def from_torch(state: Mapping[str, Any], family: Family, config: Config) -> dict[str, Any]:
@@ -268,9 +275,7 @@ def exported(params: Mapping[str, Any], family: Family, config: Config) -> tuple
     return leaves, config, table
 
 
-def to_torch_names(
-    params: Mapping[str, Any], family: Family, config: Config
-) -> Iterator[tuple[str, np.ndarray]]:
+def to_torch_names(params: Mapping[str, Any], family: Family, config: Config) -> Iterator[tuple[str, np.ndarray]]:
     """(name on disk, array) of every tensor, one at a time; added tokens are merged into the vocabulary.
 
     Raises:
@@ -321,9 +326,7 @@ def save(
 def tensor_plans(table: Table, leaves: Leaves, dtypes: Mapping[str, np.dtype]) -> list[TensorPlan]:
     """What to write, tensor by tensor."""
     return [
-        TensorPlan(
-            name, table.torch_shapes[name], dtype, functools.partial(_one_piece, table, name, dtype, leaves)
-        )
+        TensorPlan(name, table.torch_shapes[name], dtype, functools.partial(_one_piece, table, name, dtype, leaves))
         for name, dtype in dtypes.items()
     ]
 
@@ -360,9 +363,5 @@ def copy_side_files(source: Path | None, folder: Path) -> None:
     """Copy what lies beside the weights: tokenizer, preprocessor, chat template, configurations."""
     for path in sorted(source.iterdir()) if source else []:
         wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in SIDE_FILES)
-        if (
-            wanted
-            and path.is_file()
-            and not any(fnmatch.fnmatch(path.name, pattern) for pattern in NOT_COPIED)
-        ):
+        if wanted and path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in NOT_COPIED):
             shutil.copyfile(path, folder / path.name)

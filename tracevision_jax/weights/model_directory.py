@@ -7,7 +7,7 @@ What training exports, what inference and the next stage load:
     config, params = load_model(directory, sharding=lambda path, shape: ..., paths=["tvp/out_scale"])
 
 Arrays are read straight to where they belong, only those that are asked for. The directory appears whole or
-not at all.
+not at all. `read_shapes` and `load_model` read hosts as well (`families.py`), so that a recipe can start from one.
 """
 
 import json
@@ -22,10 +22,10 @@ from flax import traverse_util
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.weights import hashes
+from tracevision_jax.weights.arrays import ShardingOf, first_device
+from tracevision_jax.weights.families import load_host, read_host_shapes
 
 Params = Any
-ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""(path, shape) -> where the array goes."""
 
 
 def save_model(
@@ -78,8 +78,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def read_shapes(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape and dtype} of every parameter, without reading any."""
-    read_config(directory)
+    """{path: shape and dtype} of every parameter of a model or a host, without reading any."""
+    if not is_model(directory):
+        return read_host_shapes(directory)
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.metadata(Path(directory).absolute() / "params").item_metadata
     if tree is None:
@@ -97,7 +98,7 @@ def load_model(
     """Read (configuration, parameters).
 
     Args:
-        directory: what `save_model` wrote.
+        directory: what `save_model` wrote; or a host, converted or Hugging Face's, whose configuration is then {}.
         sharding: where each array goes; the first device by default.
         paths: which parameters to read; all by default.
         verify: check the files' hashes first.
@@ -105,6 +106,8 @@ def load_model(
     Raises:
         UserError: no such model, a damaged file (all are named), or an unknown path.
     """
+    if not is_model(directory):
+        return {}, load_host(directory, sharding or first_device, paths=paths)[1]
     config, directory = read_config(directory), Path(directory).absolute()
     if verify and (damage := hashes.faults(directory)):
         raise UserError("This model is damaged; copy or export it again:\n  " + "\n  ".join(damage))
@@ -112,13 +115,12 @@ def load_model(
     wanted = set(shapes) if paths is None else set(paths)
     if unknown := sorted(wanted - set(shapes)):
         raise UserError(f"{directory} has no parameter {', '.join(unknown)}.")
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding_of = sharding or first_device
 
     def target(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
         if path not in wanted:
             return ocp.PLACEHOLDER
-        place = here if sharding is None else sharding(path, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(path, leaf.shape))
 
     targets = {path: target(path, leaf) for path, leaf in shapes.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

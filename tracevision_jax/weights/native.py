@@ -47,9 +47,7 @@ def is_native(directory: str | Path) -> bool:
     return (Path(directory) / MANIFEST).is_file()
 
 
-def write_manifest(
-    directory: Path, family: str, config: Mapping[str, Any], files: Iterable[WrittenFile]
-) -> None:
+def write_manifest(directory: Path, family: str, config: Mapping[str, Any], files: Iterable[WrittenFile]) -> None:
     """Write `tracevision.json` beside the weight files."""
     content = {
         "format_version": FORMAT_VERSION,
@@ -75,9 +73,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
     if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {version}, this program knows up to {FORMAT_VERSION}: update it"
-        )
+        raise UserError(f"{path} has format version {version}, this program knows up to {FORMAT_VERSION}: update it")
     return manifest
 
 
@@ -95,14 +91,10 @@ def open_weights(directory: str | Path, manifest: Manifest, check_hashes: bool =
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(sha256_of, paths))
         changed = [
-            str(path)
-            for path, digest in zip(paths, digests, strict=True)
-            if digest != manifest.sha256[path.name]
+            str(path) for path, digest in zip(paths, digests, strict=True) if digest != manifest.sha256[path.name]
         ]
         if changed:
-            raise UserError(
-                "files changed since they were written; copy or convert them again: " + ", ".join(changed)
-            )
+            raise UserError("files changed since they were written; copy or convert them again: " + ", ".join(changed))
     return source
 
 

@@ -80,19 +80,13 @@ def _vision_rules(config: QwenVisionConfig) -> Iterator[Rule]:
     # Blocks of a group: the window blocks, then the full one.
     size = config.window_blocks + 1
     numbers = [divmod(number, size) for number in range(config.depth)]
-    window: dict[Shape, Shape] = {
-        (n,): (group, place) for n, (group, place) in enumerate(numbers) if place < size - 1
-    }
-    full: dict[Shape, Shape] = {
-        (n,): (group,) for n, (group, place) in enumerate(numbers) if place == size - 1
-    }
+    window: dict[Shape, Shape] = {(n,): (group, place) for n, (group, place) in enumerate(numbers) if place < size - 1}
+    full: dict[Shape, Shape] = {(n,): (group,) for n, (group, place) in enumerate(numbers) if place == size - 1}
     for kind, layers in (("window", window), ("full", full)):
         if layers:
             yield from _vision_block_rules("visual.blocks.{}.", f"vision/groups/{kind}/", layers)
     yield Rule("visual.merger.ln_q.weight", "vision/merger/norm/scale", "vision_width -> vision_width")
-    yield Rule(
-        "visual.merger.mlp.0.weight", "vision/merger/fc1/kernel", "merged_out merged -> merged merged_out"
-    )
+    yield Rule("visual.merger.mlp.0.weight", "vision/merger/fc1/kernel", "merged_out merged -> merged merged_out")
     yield Rule("visual.merger.mlp.0.bias", "vision/merger/fc1/bias", "merged_out -> merged_out")
     yield Rule("visual.merger.mlp.2.weight", "vision/merger/fc2/kernel", "width merged -> merged width")
     yield Rule("visual.merger.mlp.2.bias", "vision/merger/fc2/bias", "width -> width")
@@ -174,15 +168,13 @@ def canonical_name(name: str) -> str:
     return re.sub(r"^model\.language_model\.", "model.", name)
 
 
-def for_export(
-    leaves: Mapping[str, Leaf], config: Qwen25VLConfig
-) -> tuple[Mapping[str, Leaf], Qwen25VLConfig]:
+def for_export(leaves: Mapping[str, Leaf], config: Qwen25VLConfig) -> tuple[Mapping[str, Leaf], Qwen25VLConfig]:
     """The parameters as `transformers` can hold them: tied embeddings with added tokens become untied."""
-    embedding = leaves.get("language/embed/embedding")
-    if not (config.language.tied and config.language.added_tokens) or embedding is None:
+    if not (config.language.tied and config.language.added_tokens):
         return leaves, config
-    untied = replace(config, language=replace(config.language, tied=False))
-    return {**leaves, "language/head/kernel": TransposedLeaf(embedding)}, untied
+    embedding = leaves.get("language/embed/embedding")
+    head = {} if embedding is None else {"language/head/kernel": TransposedLeaf(embedding)}
+    return {**leaves, **head}, replace(config, language=replace(config.language, tied=False))
 
 
 def with_dtype(config: Qwen25VLConfig, dtype: str) -> Qwen25VLConfig:
@@ -221,7 +213,7 @@ def load(
     Raises:
         UserError: see `hugging_face.open_checkpoint`.
     """
-    return hugging_face.load_directory(directory, FAMILY, sharding_of, dtype, progress)
+    return hugging_face.load_directory(directory, FAMILY, sharding_of, dtype, progress=progress)
 
 
 def from_torch(state: Mapping[str, Any], config: Qwen25VLConfig) -> dict[str, Any]:

@@ -6,15 +6,14 @@ checkpoints get the dataclasses as JSON.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
-from tracevision_jax.language.config import LanguageConfig
-from tracevision_jax.vision.config import QwenVisionConfig
+from tracevision_jax.systems.config_json import from_json, to_json
 
 REWRITTEN_KEYS = ("text_config", "vision_config", "dtype", "rope_parameters", "layer_types")
 """Of a config.json, what is not kept: in the flat form that we write it stands elsewhere."""
@@ -78,7 +77,7 @@ def write_generation_config(config: Qwen25VLConfig) -> dict[str, Any]:
 
 def config_to_json(config: Qwen25VLConfig) -> dict[str, Any]:
     """The dataclasses as JSON values; precision and remat belong to a run, not to a checkpoint."""
-    return asdict(config.with_precision("float32", "float32", "none"))
+    return to_json(config.with_precision("float32", "float32", "none"))
 
 
 def config_from_json(content: Mapping[str, Any]) -> Qwen25VLConfig:
@@ -87,11 +86,4 @@ def config_from_json(content: Mapping[str, Any]) -> Qwen25VLConfig:
     Raises:
         UserError: unknown or missing fields, or impossible values.
     """
-    try:
-        language = dict(content["language"])
-        language["mrope_sections"] = tuple(language["mrope_sections"])
-        rest = {key: value for key, value in content.items() if key not in ("vision", "language")}
-        rest["end_tokens"] = tuple(rest["end_tokens"])
-        return Qwen25VLConfig(QwenVisionConfig(**content["vision"]), LanguageConfig(**language), **rest)
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"the checkpoint's configuration is not valid: {error!r}") from error
+    return from_json(Qwen25VLConfig, content, "the checkpoint's configuration")

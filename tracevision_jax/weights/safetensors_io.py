@@ -70,9 +70,7 @@ class SafetensorsSource:
                     problems.append(f"{path}: the tensor {name} stands in {self._tensors[name].place}, too")
                 self._tensors[name], self._places[name] = info, (path, starts[name])
         if problems:
-            raise UserError(
-                "damaged or incomplete safetensors:\n" + "\n".join(f"  {line}" for line in problems)
-            )
+            raise UserError("damaged or incomplete safetensors:\n" + "\n".join(f"  {line}" for line in problems))
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -65,9 +65,7 @@ class DictSource:
 
     def __init__(self, state: Mapping[str, Any], place: str = "the state dictionary"):
         self._state = state
-        self._tensors = {
-            name: TensorInfo(tuple(value.shape), _dtype(value), place) for name, value in state.items()
-        }
+        self._tensors = {name: TensorInfo(tuple(value.shape), _dtype(value), place) for name, value in state.items()}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
