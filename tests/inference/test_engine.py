@@ -71,7 +71,7 @@ def test_masks_and_probabilities_are_those_of_the_training_forward(roomy):
     bucket = dataclasses.replace(ROOMY, conversations=1, masks=frames)
     batch = collate([[whole]], bucket, config.processor)
     model = TraceVisionModel(config)
-    variables = {"params": tiny.params()}
+    variables = {"params": jax.device_put(tiny.params())}
     hidden, masks = jax.jit(model.apply)(variables, batch)
     np.testing.assert_allclose(answer.mask_logits[0], masks[0], atol=1e-4)
     start = len(piece.conversations[0].tokens)

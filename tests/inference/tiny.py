@@ -26,20 +26,25 @@ def vocabulary() -> Vocabulary:
 
 
 @functools.cache
-def system() -> TraceVision:
+def plain_host() -> Qwen25VLConfig:
+    """The host without the system's tokens."""
     words = vocabulary()
     language = LanguageConfig(len(words.tokenizer), 32, 2, 4, 2, 8, 48, mrope_sections=(2, 1, 1))
     vision = QwenVisionConfig(32, width=16, heads=4, mlp_width=32, groups=2, window_blocks=1, patch=4, window_units=2)
-    host = Qwen25VLConfig(
+    return Qwen25VLConfig(
         vision,
         language,
         image_token=words.special("<|image_pad|>"),
         video_token=words.special("<|video_pad|>"),
     )
+
+
+@functools.cache
+def system() -> TraceVision:
     decoder = PixelDecoderConfig(width=16, heads=2, mlp_width=32, token_hidden=16, grid=4, fine_upsamplings=1)
     config = tracevision_config(
-        host,
-        len(words.tokenizer),
+        plain_host(),
+        vocabulary().first_added,
         decoder,
         tvp={"heads": 4, "mlp_width": 32},
         processor={
@@ -77,6 +82,12 @@ def params():
 
     shapes = jax.eval_shape(system().init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def host_params() -> dict:
+    """Parameters of `plain_host`."""
+    language = {name: tree for name, tree in params()["host"]["language"].items() if name != "added"}
+    return {"vision": params()["host"]["vision"], "language": language}
 
 
 @functools.cache
