@@ -52,6 +52,8 @@ class SystemEntry:
     """(recipe, system, opened sources) -> what the pipeline executes."""
     evaluators: Callable[[TrainRecipe, Any], Evaluators] = lambda recipe, system: {}
     """What is called every `recipe.evaluation.every` steps."""
+    folders: Callable[[TrainRecipe], Mapping[str, Callable[[Any], None]]] = lambda recipe: {}
+    """{name: what writes the files of a folder of that name beside the exported parameters}."""
 
 
 OpenSource = Callable[[SourceEntry, DataConfig], Any]

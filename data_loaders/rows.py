@@ -96,21 +96,11 @@ class RowMaker:
         return [self.processor.piece(sample, conversations) for sample, conversations in records]
 
 
-def resource_table(
-    records: ConversationRecords, config: ProcessorConfig, sample: int = 0
-) -> Int[np.ndarray, "records 6"]:
-    """What each record takes at most, in the order of the fields of `Bucket`.
-
-    Args:
-        records: of one source.
-        config: the processor's.
-        sample: read so many records' sizes only and give every record the largest; for sources without a cheap index
-            whose records are alike (scenes of one size). 0 reads all.
-    """
-    numbers = range(min(sample, len(records))) if sample else range(len(records))
-    rows = [_resources(records.source.sizes(index), parse_tasks(records.tasks), config) for index in numbers]
-    table = np.asarray(rows, np.int64).reshape(-1, 6)
-    return np.broadcast_to(table.max(0), (len(records), 6)) if sample else table
+def resource_table(records: ConversationRecords, config: ProcessorConfig) -> Int[np.ndarray, "records 6"]:
+    """What each record of a source takes at most, in the order of the fields of `Bucket`."""
+    groups = parse_tasks(records.tasks)
+    rows = [_resources(records.source.sizes(index), groups, config) for index in range(len(records))]
+    return np.asarray(rows, np.int64).reshape(-1, 6)
 
 
 def _resources(size: RecordSize, groups: Sequence[tuple[str, ...]], config: ProcessorConfig) -> list[int]:
@@ -183,6 +173,8 @@ def _task_tokens(task: str, size: RecordSize, config: ProcessorConfig) -> float:
         "joint_caption_trace": caption + trace,
         "plain_caption": caption,
         "plain_boxes": phrases(1) + box,
+        "plain_objects": phrases(size.regions) + size.regions * (box + 2),
+        "plain_names": phrases(size.regions) + size.regions * (box + 1),
         "trace_qa": question + QUESTION_TRACES * trace,
         "refer_box": max(question, phrases(1)) + trace + box,
         "refer_segment": max(question + phrases(1), 2 * phrases(REFERRED)) + masks,
@@ -190,3 +182,12 @@ def _task_tokens(task: str, size: RecordSize, config: ProcessorConfig) -> float:
         "dialogue": question + phrases(1) + QUESTION_TRACES * trace + box + masks,
     }
     return TURN_TOKENS * (DIALOGUE_EXCHANGES if task == "dialogue" else 1) + text[task]
+
+
+def measured_table(records: ConversationRecords, make_row: RowMaker, count: int) -> Int[np.ndarray, "records 6"]:
+    """What the largest of the first `count` records takes, for all of them: for scenes of one kind, which are alike.
+
+    Tighter than the bounds of `resource_table`; a record that takes more after all is skipped and reported.
+    """
+    taken = [make_row([records[index]])[0].resources for index in range(min(count, len(records)))]
+    return np.broadcast_to(np.max(taken, axis=0), (len(records), 6))

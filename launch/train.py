@@ -83,4 +83,5 @@ def train(recipe: Any, console: Any = None) -> Any:
     )
     directory = Path(recipe.out or Path("runs") / recipe.name)
     evaluators = entry.evaluators(recipe, system)
-    return fit(system, recipe, pipeline, directory, evaluators=evaluators, console=console)
+    folders = entry.folders(recipe)
+    return fit(system, recipe, pipeline, directory, evaluators=evaluators, folders=folders, console=console)

@@ -23,6 +23,7 @@ from rich.console import Console
 from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.mesh import batch_sharding, check_rows, make_mesh
 from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings
+from tracevision_jax.systems.config_json import to_json
 from tracevision_jax.systems.protocol import Params, System
 from tracevision_jax.training.checkpoints import Checkpoints
 from tracevision_jax.training.initialise import initialise
@@ -30,7 +31,7 @@ from tracevision_jax.training.interruption import Interruption
 from tracevision_jax.training.journal import Journal
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tracevision_jax.training.parameters import count, merge, split_for_stage
-from tracevision_jax.training.recipe import TrainRecipe, as_json, check, differences
+from tracevision_jax.training.recipe import TrainRecipe, check, differences
 from tracevision_jax.training.source import BatchSource, StepBatch
 from tracevision_jax.training.step import TrainState, create_state, make_train_step, state_shardings
 from tracevision_jax.weights.model_directory import save_model
@@ -76,8 +77,7 @@ class Run:
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the run that it belongs to."""
-        recipe = as_json(self.recipe)
-        return {"recipe": recipe, "data": self.source.fingerprint, "steps": self.source.steps}
+        return {"recipe": to_json(self.recipe), "data": self.source.fingerprint, "steps": self.source.steps}
 
 
 def fit(
@@ -87,6 +87,7 @@ def fit(
     directory: str | Path,
     *,
     evaluators: Mapping[str, Evaluator] | None = None,
+    folders: Mapping[str, Callable[[Path], None]] | None = None,
     console: Console | None = None,
     rules: tuple[Rule, ...] = PARAMETERS,
     devices: Sequence[Any] | None = None,
@@ -99,6 +100,7 @@ def fit(
         source: batches by step number.
         directory: folder of the run.
         evaluators: called every `recipe.evaluation.every` steps and at the end.
+        folders: {name: what writes the files of a folder of that name beside the exported parameters}.
         console: where lines go; standard output by default.
         rules: sharding of the parameters.
         devices: all by default.
@@ -120,14 +122,12 @@ def fit(
     try:
         with jax.set_mesh(mesh):
             state, frozen = _start(run, checkpoints, rules, console)
-            return _train(run, state, frozen, checkpoints, evaluators or {}, console)
+            return _train(run, state, frozen, checkpoints, evaluators or {}, folders or {}, console)
     finally:
         checkpoints.close()
 
 
-def _start(
-    run: Run, checkpoints: Checkpoints, rules: tuple[Rule, ...], console: Console
-) -> tuple[TrainState, Params]:
+def _start(run: Run, checkpoints: Checkpoints, rules: tuple[Rule, ...], console: Console) -> tuple[TrainState, Params]:
     """The newest checkpoint's state, or a fresh one."""
     system, recipe, mesh, optimizer = run.system, run.recipe, run.mesh, run.optimizer
 
@@ -161,9 +161,7 @@ def _start(
     fresh = initialise(system, recipe.seed, places, recipe.init_from)
     for line in fresh.report:
         console.print(f"  {line}", highlight=False, markup=False)
-    state, frozen = jax.jit(create, out_shardings=(state_places, frozen_places), donate_argnums=0)(
-        fresh.params
-    )
+    state, frozen = jax.jit(create, out_shardings=(state_places, frozen_places), donate_argnums=0)(fresh.params)
     return state, frozen
 
 
@@ -188,6 +186,7 @@ def _train(
     frozen: Params,
     checkpoints: Checkpoints,
     evaluators: Mapping[str, Evaluator],
+    folders: Mapping[str, Callable[[Path], None]],
     console: Console,
 ) -> Summary:
     """Take the steps that are left, then export."""
@@ -207,7 +206,8 @@ def _train(
     try:
         with Interruption() as interruption:
             for item, batch in on_device(run.source.batches(start), run.mesh, clock):
-                if item.bucket not in compiled:
+                new = item.bucket not in compiled
+                if new:
                     compiled.add(item.bucket)
                     journal.say(f"compiling for rows of {item.bucket}")
                 journal.bad(item.bad)
@@ -217,7 +217,7 @@ def _train(
                     raise UserError(f"{empty} batches in a row held no usable record: {reason}.")
                 state, metrics = step_function(state, frozen, batch)
                 done = item.step + 1
-                clock.sent(done, item.epoch, metrics)
+                clock.sent(done, item.epoch, metrics, new)
                 if evaluators and recipe.evaluation.every and done % recipe.evaluation.every == 0:
                     clock.drain()
                     _evaluate(evaluators, state, frozen, done, journal)
@@ -237,15 +237,14 @@ def _train(
             if evaluators and evaluated != done:
                 _evaluate(evaluators, state, frozen, done, journal)
             model = run.directory / "model"
-            config = {"system": recipe.system, "model": as_json(run.system.config), "recipe": as_json(recipe)}
-            save_model(model, config, merge(state.trained, frozen))
+            config = {"system": recipe.system, "model": to_json(run.system.config), "recipe": to_json(recipe)}
+            save_model(model, config, merge(state.trained, frozen), folders)
         checkpoints.wait()
         journal.summary(done, str(checkpoints.path(done)), str(model) if model else None)
         if stopped:
-            journal.say(
-                f"Stopped by {stopped} after step {done}; the same command again continues from there."
-            )
-        return Summary(done, steps, run.directory, model, journal.last_line, journal.evaluations, stopped)
+            journal.say(f"Stopped by {stopped} after step {done}; the same command again continues from there.")
+        metrics = journal.lines[-1] if journal.lines else {}
+        return Summary(done, steps, run.directory, model, metrics, journal.evaluations, stopped)
     finally:
         journal.close()
 
@@ -265,13 +264,13 @@ class _Clock:
 
     def __init__(self, journal: Journal):
         self.journal = journal
-        self.pending: list[tuple[int, int, Any, float]] = []
+        self.pending: list[tuple[int, int, Any, float, bool]] = []
         self.waited = 0.0
         self.last = time.perf_counter()
 
-    def sent(self, step: int, epoch: int, metrics: Any) -> None:
+    def sent(self, step: int, epoch: int, metrics: Any, compiled: bool) -> None:
         """Note a step that was sent to the device, and wait for the one before."""
-        self.pending.append((step, epoch, metrics, self.waited))
+        self.pending.append((step, epoch, metrics, self.waited, compiled))
         self.waited = 0.0
         while len(self.pending) > 1:
             self._finish()
@@ -286,10 +285,10 @@ class _Clock:
         self.last, self.waited = time.perf_counter(), 0.0
 
     def _finish(self) -> None:
-        step, epoch, metrics, waited = self.pending.pop(0)
+        step, epoch, metrics, waited, compiled = self.pending.pop(0)
         values = jax.device_get(metrics)
         now = time.perf_counter()
-        self.journal.step(step, epoch, values, now - self.last, min(waited, now - self.last))
+        self.journal.step(step, epoch, values, now - self.last, min(waited, now - self.last), compiled)
         self.last = now
 
 

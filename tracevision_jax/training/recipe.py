@@ -21,7 +21,6 @@ Names become objects through the registries of `configs/registry.py`:
 `tracevision train NAME --optimizer.learning-rate 3e-4 --init-from DIR --out DIR` overrides fields.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +77,8 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates never."""
     samples: int = 64
     """Held-out samples of each evaluation."""
-    pictures: int = 4
-    """Pictures for TensorBoard of each evaluation."""
+    sources: tuple[SourceEntry, ...] = ()
+    """Held-out records whose loss is measured."""
 
 
 @dataclass(frozen=True)
@@ -123,24 +122,8 @@ RUN_ONLY = ("out", "log_every", "checkpoint", "evaluation", "mesh", "data.worker
 """Fields that may differ when a run is continued: they change no batch and no formula."""
 
 
-def as_json(value: Any) -> Any:
-    """A recipe as plain JSON values; dataclasses carry their class name, so that a changed kind shows."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"": type(value).__name__} | fields
-    if isinstance(value, dict):
-        return {str(key): as_json(item) for key, item in value.items()}
-    if isinstance(value, frozenset | set):
-        return sorted(as_json(item) for item in value)
-    if isinstance(value, tuple | list):
-        return [as_json(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
-
-
 def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
-    """Where two `as_json` recipes differ in what makes a run, as lines "field: ours, was theirs"."""
+    """Where two recipes as JSON (`systems.config_json`) differ in what makes a run: lines "field: ours, was theirs"."""
     if path in RUN_ONLY:
         return []
     if isinstance(ours, dict) and isinstance(theirs, dict):

@@ -1,0 +1,179 @@
+"""TraceVision at demo size on synthetic scenes: a random host is pretrained (stage 0), then the paper's three stages.
+
+    tracevision demo                                      # all four, then evaluation and a report
+    tracevision train tracevision_demo_stage0             # or one by one
+    tracevision train tracevision_demo_stage1 --init-from runs/tracevision_demo_stage0
+
+Hardware: 2 CPU cores, about 11 minutes for the four stages. What to expect stands in the report that `make demo`
+writes, and in the README.
+
+Everything is the real thing but its size: Qwen2.5-VL's tower (2 groups of a window and a full block), mRoPE with a
+base that suits grids of 4 x 4 visual tokens, TVP, codebook, pixel decoder. Conversations have slots of their own in a
+row, since attention over a packed row costs its square on a CPU.
+"""
+
+import dataclasses
+
+from configs.registry import register
+from configs.tracevision import SCENES_TOKENIZER, TraceVisionTraining
+from data_loaders.synthetic.config import SceneConfig
+from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
+from tracevision_jax.language.config import LanguageConfig
+from tracevision_jax.records.batch import Bucket
+from tracevision_jax.records.simplification import Simplification
+from tracevision_jax.records.vocabulary import CHAT_TOKENS
+from tracevision_jax.segmentation.pixel_decoder import PixelDecoderConfig
+from tracevision_jax.systems.tracevision import tracevision_config
+from tracevision_jax.training.optimizer import OptimizerConfig
+from tracevision_jax.training.recipe import CheckpointConfig, DataConfig, SourceEntry, TrainRecipe
+from tracevision_jax.vision.config import QwenVisionConfig
+from tracevision_jax.vision.preprocess import VisionInputConfig
+
+SIDE_PX = 96
+TOKENS = 480
+"""Of the tokenizer."""
+
+SCENES = SceneConfig(
+    height=(SIDE_PX, SIDE_PX),
+    width=(SIDE_PX, SIDE_PX),
+    objects=(4, 5),
+    named=(2, 3),
+    shapes=("circle", "square", "triangle", "cross", "ring"),
+    backgrounds=("plain", "gradient"),
+    textured=0.1,
+    overlap=0.05,
+    brief=True,
+    words_per_second=(3.0, 4.0),
+)
+PLAIN_SCENES = dataclasses.replace(SCENES, objects=(3, 6), named=(6, 6), narrative=False)
+"""Of stage 0: every object is named, nothing is traced."""
+
+HOST = Qwen25VLConfig(
+    vision=QwenVisionConfig(
+        out_width=96,
+        width=128,
+        heads=4,
+        mlp_width=256,
+        groups=2,
+        window_blocks=1,
+        patch=12,
+        window_units=2,
+        rope_theta=100.0,
+    ),
+    language=LanguageConfig(
+        vocab_size=TOKENS,
+        width=96,
+        layers=4,
+        heads=2,
+        kv_heads=2,
+        head_dim=48,
+        mlp_width=192,
+        mrope_sections=(8, 8, 8),
+        rope_theta=8.0,
+    ),
+    **{
+        field: CHAT_TOKENS.index(token)
+        for field, token in {
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_start_token": "<|vision_start|>",
+            "vision_end_token": "<|vision_end|>",
+            "pad_token": "<|endoftext|>",
+        }.items()
+    },
+    end_tokens=(CHAT_TOKENS.index("<|im_end|>"), CHAT_TOKENS.index("<|endoftext|>")),
+)
+
+BASE = tracevision_config(
+    HOST,
+    TOKENS,
+    PixelDecoderConfig(width=64, heads=4, mlp_width=128, token_hidden=128, grid=8, fine_upsamplings=2),
+    tvp={"heads": 4},
+    processor={
+        "vision": VisionInputConfig(min_pixels=48 * 48, max_pixels=SIDE_PX * SIDE_PX),
+        "simplification": Simplification(epsilon_px=2.0),
+        "max_points": 14,
+        "learned_share": 0.6,
+    },
+    logit_chunk=0,
+)
+
+
+def demo_recipe(
+    stage: str,
+    tasks: tuple[str, ...],
+    slot: int,
+    rows: int,
+    steps: int,
+    learning_rate: float,
+    scenes: SceneConfig = SCENES,
+    points: int = 0,
+    masks: int = 0,
+    seed: int = 0,
+) -> TrainRecipe:
+    """One stage: each scene with the dialogues of `tasks`, each in a slot of `slot` tokens."""
+    config = dataclasses.replace(BASE, processor=dataclasses.replace(BASE.processor, slot_tokens=slot))
+    source = SourceEntry("synthetic", tasks=tasks, options={"seed": seed, "count": rows * steps, "config": scenes})
+    bucket = Bucket(
+        tokens=slot * len(tasks), frames=1, windows=4, conversations=len(tasks), points=points, masks=masks
+    )
+    return register(
+        TrainRecipe(
+            name=f"tracevision_demo_{stage}",
+            system="tracevision",
+            model=TraceVisionTraining(config, SCENES_TOKENIZER),
+            stage=stage,
+            data=DataConfig(sources=(source,), workers=1, prefetch=6),
+            buckets=(bucket,),
+            rows=(rows,),
+            steps=steps,
+            optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=0.05, final_share=0.05, beta2=0.98),
+            checkpoint=CheckpointConfig(every=0, keep=1),
+            log_every=10,
+        )
+    )
+
+
+def asked(scenes: SceneConfig, *kinds: str) -> SceneConfig:
+    """Scenes with one question of each kind."""
+    return dataclasses.replace(scenes, questions=kinds, questions_per_scene=len(kinds))
+
+
+STAGE0 = demo_recipe(
+    "stage0", ("plain_names+plain_objects",), slot=208, rows=16, steps=700, learning_rate=4e-3, scenes=PLAIN_SCENES
+)
+STAGE1 = demo_recipe(
+    "stage1",
+    ("trace_qa+trace_qa+trace_qa", "trace_from_caption"),
+    slot=208,
+    rows=8,
+    steps=120,
+    learning_rate=4e-3,
+    scenes=asked(SCENES, "what", "colour", "what"),
+    points=42,
+    seed=1,
+)
+STAGE1_5 = demo_recipe(
+    "stage1_5",
+    ("trace_qa+refer_box+trace_qa", "trace_from_caption+refer_box", "caption_from_trace", "trace_segment+refer_segment"),
+    slot=208,
+    rows=8,
+    steps=500,
+    learning_rate=2e-3,
+    scenes=asked(SCENES, "what", "box", "what", "trace_box", "trace_segment", "segment"),
+    points=42,
+    masks=2,
+    seed=2,
+)
+STAGE2 = demo_recipe(
+    "stage2",
+    ("dialogue", "trace_qa+trace_qa", "trace_from_caption+refer_box"),
+    slot=256,
+    rows=8,
+    steps=60,
+    learning_rate=4e-4,
+    scenes=asked(SCENES, "dialogue", "which_trace", "what", "box"),
+    points=56,
+    masks=2,
+    seed=3,
+)

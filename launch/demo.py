@@ -1,0 +1,160 @@
+"""Train TraceVision from nothing on synthetic scenes, evaluate it on held-out ones, and write a report with pictures."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracevision_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from data_loaders.sources.localized_narratives import LocalizedNarratives
+    from evaluation.report_examples import Evaluated
+
+STAGES = ("stage0", "stage1", "stage1_5", "stage2")
+HELD_OUT_SEED = 1_000_001
+"""No recipe trains on seeds from a million up."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train TraceVision from nothing on synthetic scenes, evaluate it, and write a report with pictures.
+
+    OUT gets a folder for each stage (stage0, stage1, stage1_5, stage2), held_out (the scenes of the evaluation, in the
+    format of Localized Narratives), evaluation (a record of every answer) and report (index.html, metrics.json). The
+    same command after an interruption goes on where it stopped.
+
+    Examples:
+      tracevision demo
+      tracevision demo --length 4 --out runs/long
+    """
+
+    out: Path = Path("runs/demo")
+    """Folder of the run."""
+    length: float = 1.0
+    """Steps of every stage, times this: 1 takes about 15 minutes on two cores, 4 an hour."""
+    samples: int = 200
+    """Held-out scenes to evaluate on."""
+
+
+def run(args: Args) -> int:
+    """Train what is not trained yet, evaluate, report.
+
+    Raises:
+        UserError: a flag is out of range, or the folder holds another run.
+    """
+    if args.length <= 0 or args.samples < 1:
+        raise UserError("--length must be positive and --samples at least 1")
+    clock = _Clock(args.out / "seconds.json")
+    model = None
+    for stage in STAGES:
+        with clock.measure(stage):
+            model = _train(stage, args, model)
+        if model is None:
+            return 130
+    with clock.measure("evaluation"):
+        held_out = _held_out(args.out / "held_out", args.samples)
+        evaluated = _evaluate(model, held_out, args.out / "evaluation")
+    with clock.measure("report"):
+        page, metrics = _report(args, model, evaluated, held_out, clock.seconds)
+    for name, target in metrics["targets"].items():
+        mark = "reached" if target["reached"] else "missed"
+        print(f"{name:32s} {target['value']!s:>22.22} (target {target['target']})  {mark}")
+    print(f"report: {page}")
+    return 0
+
+
+def _train(stage: str, args: Args, init_from: Path | None) -> Path | None:
+    """Train a stage, or go on with it; the folder of its run, None when it was interrupted."""
+    from configs import registry
+    from launch.train import train
+
+    recipe = registry.get(f"tracevision_demo_{stage}")
+    steps = max(1, round(recipe.steps * args.length))
+    source = recipe.data.sources[0]
+    source = replace(source, options=source.options | {"count": steps * recipe.rows[0]})
+    out = args.out / stage
+    recipe = replace(
+        recipe,
+        steps=steps,
+        data=replace(recipe.data, sources=(source,)),
+        init_from=str(init_from / "model") if init_from else "",
+        out=str(out),
+    )
+    print(f"\n== {stage}: {steps} steps ==", flush=True)
+    return out if train(recipe).finished else None
+
+
+def _held_out(folder: Path, count: int) -> "LocalizedNarratives":
+    """Held-out scenes, written as Localized Narratives and read back by their reader."""
+    from configs.benchmarks import QUESTIONS
+    from configs.tracevision_demo import SCENES
+    from data_loaders.sources.localized_narratives import LocalizedNarratives
+    from data_loaders.synthetic.export import export_narratives
+    from data_loaders.synthetic.scenes import SyntheticScenes
+
+    config = replace(SCENES, questions=QUESTIONS, questions_per_scene=len(QUESTIONS))
+    narratives = export_narratives(SyntheticScenes(HELD_OUT_SEED, count, config), folder, "val")
+    return LocalizedNarratives([str(narratives)], folder, "coco", cache=folder / "cache")
+
+
+def _evaluate(model: Path, held_out: "LocalizedNarratives", out: Path) -> "list[Evaluated]":
+    """Every task with its controls."""
+    from data_loaders.synthetic.config import COLOURS, SHAPES
+    from evaluation.grounding_tasks import ReferBox, ReferSegment, TraceSegment
+    from evaluation.report_examples import Evaluated
+    from evaluation.sweep import Sweep
+    from evaluation.trace_tasks import TraceCaptioning, TracedObject, TracePrediction
+    from tracevision_jax.inference.engine import Engine
+    from tracevision_jax.inference.loading import fingerprint, read_checkpoint
+    from tracevision_jax.records.processor import Processor
+
+    checkpoint = read_checkpoint(model)
+    config = checkpoint.system.config
+    engine = Engine(config, checkpoint.params, checkpoint.vocabulary)
+    sweep = Sweep(engine, Processor(checkpoint.vocabulary, config.processor), out, fingerprint(model))
+    tasks = (
+        TracedObject(tuple(COLOURS), SHAPES),
+        TracePrediction(),
+        ReferBox(),
+        ReferSegment(),
+        TraceSegment(),
+        TraceCaptioning(),
+    )
+    return [Evaluated(task.name, task, sweep.run(task.name, task, held_out)) for task in tasks]
+
+
+def _report(
+    args: Args, model: Path, evaluated: "list[Evaluated]", held_out: Any, seconds: dict[str, float]
+) -> tuple[Path, dict[str, Any]]:
+    """Write the report; (its page, its numbers)."""
+    from evaluation.report import write_report
+    from tracevision_jax.inference.loading import load
+
+    print("writing the report", file=sys.stderr)
+    report = write_report(args.out, evaluated, held_out, load(model), seconds=seconds)
+    return report.page, report.metrics
+
+
+class _Clock:
+    """Seconds of each part, kept in a file, so that a continued run adds to them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def measure(self, name: str) -> "_Clock":
+        """Add the time of a `with` block to a part."""
+        self.name = name
+        return self
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        spent = time.perf_counter() - self.began
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + spent
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
