@@ -259,12 +259,14 @@ class TraceVision:
     def settle(self, params: Params) -> Params:
         """Set the bins' embedding and head rows to Fourier features at the norm of the host's own rows.
 
-        Called on fresh parameters, and again where the host's are read from a checkpoint.
+        What the TVP adds to trajectory tokens starts at the scale of the host's embeddings, too. Called on fresh parameters, and again where the host's are read from a checkpoint.
         """
-        if self.config.processor.coordinates != "bins":
-            return params
         language = params["host"]["language"]
         embedding = language["embed"]["embedding"]
+        scale = jnp.sqrt(jnp.mean(jnp.square(embedding.astype(jnp.float32))))
+        params = params | {"tvp": params["tvp"] | {"out_scale": jnp.full_like(params["tvp"]["out_scale"], scale)}}
+        if self.config.processor.coordinates != "bins":
+            return params
         head = embedding if self.config.host.language.tied else language["head"]["kernel"].T
         added = dict(language["added"])
         for name, base in (("embedding", embedding), ("head", head)):
