@@ -14,7 +14,9 @@ TOLERANCE = 1e-5
 
 def losses(system: str, meshes: list[dict[str, int]]) -> dict:
     """Run `mesh_step.py` in a process of eight virtual devices."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    # Compiling is nearly all of the time, and optimising the machine code half of that.
+    wanted = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {wanted}"
     result = subprocess.run(
         [sys.executable, "-m", "tests.parallel.mesh_step", system, json.dumps(meshes)],
         cwd=ROOT,
@@ -30,7 +32,7 @@ def losses(system: str, meshes: list[dict[str, int]]) -> dict:
     ("system", "meshes"),
     [
         ("tiny", [{"data": 8}, {"fsdp": 4, "tensor": 2, "accumulation": 2}]),
-        ("tracevision", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}]),
+        pytest.param("tracevision", [{"data": 2, "fsdp": 2, "tensor": 2}], marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_give_the_loss_and_gradient_of_one(system, meshes):

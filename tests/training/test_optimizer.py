@@ -57,9 +57,7 @@ def test_a_multiplier_that_matches_nothing_is_refused():
 
 
 def test_weight_decay_leaves_biases_alone():
-    config = OptimizerConfig(
-        learning_rate=1.0, warmup=0.0, schedule="constant", weight_decay=0.5, clip_norm=0.0
-    )
+    config = OptimizerConfig(learning_rate=1.0, warmup=0.0, schedule="constant", weight_decay=0.5, clip_norm=0.0)
     update = first_update(config, gradient=0.0)
     np.testing.assert_allclose(update["host"]["mlp"]["kernel"], -0.5)
     np.testing.assert_allclose(update["host"]["mlp"]["bias"], 0.0)

@@ -18,9 +18,7 @@ SYSTEM, DEFAULT = TinySystem(), OptimizerConfig()
 def start(stage="all", config=DEFAULT, system=SYSTEM, accumulation=1, steps=100):
     optimizer = make_optimizer(config, steps)
     state, frozen = create_state(system, system.init(jax.random.key(0)), optimizer, stage, seed=0)
-    step = make_train_step(
-        system, optimizer, learning_rate_schedule(config, steps), accumulation=accumulation
-    )
+    step = make_train_step(system, optimizer, learning_rate_schedule(config, steps), accumulation=accumulation)
     return state, frozen, step
 
 

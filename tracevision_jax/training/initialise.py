@@ -1,13 +1,15 @@
 """Parameters at the start of a run: drawn, or read from a converted host or from the stage before.
 
-A checkpoint's parameter is used where its path equals one of the system's; a host's tree ({vision, language})
-stands for the system's `host/...`. Everything else is drawn, and the report says which came from where. Only
+A start is a model directory, the folder of a run that holds one as `model/`, or a host (converted, or Hugging Face's).
+A stored parameter is used where its path equals one of the system's; a host's tree ({vision, language}) stands for the
+system's `host/...`. Everything else is drawn, and the report says which came from where. Only
 what is drawn is computed, and each array is made or read where the mesh wants it. A system whose drawn
 parameters depend on others (an embedding at the norm of the host's) has a method `settle(params) -> params`,
 whose result replaces what was drawn.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ import jax
 from tracevision_jax.errors import UserError
 from tracevision_jax.systems.protocol import Params, System
 from tracevision_jax.training.parameters import flatten, unflatten
-from tracevision_jax.weights.model_directory import load_model, read_shapes
+from tracevision_jax.weights import model_directory
+from tracevision_jax.weights.families import load_host, read_host_shapes
 
 HOST = "host/"
 
@@ -30,6 +33,16 @@ class Initialisation:
     report: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to start from."""
+
+    shapes: dict[str, Any]
+    """{path: shape and dtype} of what it holds."""
+    read: Callable[[Callable[[str, tuple[int, ...]], jax.sharding.Sharding], list[str]], Params]
+    """(where each path goes, paths) -> nested dictionaries."""
+
+
 def initialise(system: System, seed: int, shardings: Params, directory: str | Path = "") -> Initialisation:
     """Make all parameters of a system.
 
@@ -37,14 +50,15 @@ def initialise(system: System, seed: int, shardings: Params, directory: str | Pa
         system: what to make parameters of.
         seed: for what is drawn.
         shardings: tree of the parameters' shardings.
-        directory: model directory to start from; empty draws everything.
+        directory: what to start from; empty draws everything.
 
     Raises:
         UserError: the directory fits no parameter, or fits some with other shapes (all are listed).
     """
     shapes = flatten(jax.eval_shape(system.init, jax.random.key(seed)))
     places = flatten(shardings)
-    given = match(shapes, read_shapes(directory), str(directory)) if directory else {}
+    start = find_start(directory) if directory else None
+    given = match(shapes, start.shapes, str(directory)) if start else {}
     drawn = [path for path in shapes if path not in given]
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
@@ -55,9 +69,9 @@ def initialise(system: System, seed: int, shardings: Params, directory: str | Pa
     if drawn:
         place = {path: places[path] for path in drawn}
         leaves = dict(jax.jit(draw, out_shardings=place)(jax.random.key(seed)))
-    if given:
+    if start:
         ours = {theirs: path for path, theirs in given.items()}
-        _, read = load_model(directory, lambda path, _: places[ours[path]], given.values())
+        read = start.read(lambda path, _: places[ours[path]], list(given.values()))
         for theirs, leaf in flatten(read).items():
             path = ours[theirs]
             leaves[path] = leaf.astype(shapes[path].dtype)
@@ -71,6 +85,20 @@ def initialise(system: System, seed: int, shardings: Params, directory: str | Pa
         )(params)
         params = unflatten({path: leaves[path] for path in shapes} | settled)
     return Initialisation(params, describe(list(shapes), set(given), str(directory)))
+
+
+def find_start(directory: str | Path) -> Start:
+    """Open what a run starts from; UserError when it is none of the kinds that the module's text names."""
+    directory = Path(directory)
+    model = next((place for place in (directory, directory / "model") if model_directory.is_model(place)), None)
+    if model is not None:
+        return Start(
+            model_directory.read_shapes(model),
+            lambda sharding, paths: model_directory.load_model(model, sharding, paths)[1],
+        )
+    if (directory / "checkpoints").is_dir():
+        raise UserError(f"{directory} is a run that has not exported its model yet: let it end first.")
+    return Start(read_host_shapes(directory), lambda sharding, paths: load_host(directory, sharding, paths=paths)[1])
 
 
 def match(shapes: dict[str, Any], stored: dict[str, Any], directory: str) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """What a run tells: console lines, `metrics.jsonl`, `bad_records.jsonl`, TensorBoard, a summary at the end.
 
 `metrics.jsonl` holds one JSON object a line, told apart by "kind":
-- "train": step, epoch, loss, parts, gradient_norm, learning_rate, tokens, tokens_per_second, step_seconds,
-  input_share (of the time, spent waiting for data); losses are means over the steps since the line before;
+- "train": step, epoch, loss, parts, gradient_norm, learning_rate, tokens and seconds (since the run began),
+  tokens_per_second, step_seconds, input_share (of the time, spent waiting for data); losses are means over
+  the steps since the line before;
 - "evaluation": step, name, values.
 A resumed run first drops the lines after the step that it starts from, so that every step stands there once.
 """
@@ -11,7 +12,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ class Interval:
         return {name: self.sums[name] / self.weights[name] for name in self.sums if self.weights[name] > 0}
 
 
+def say(console: Console, text: str) -> None:
+    """Print as it is: no colours, no markup, no line breaks of rich's own."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def duration(seconds: float) -> str:
     """ "1:02:03" or "2:03"."""
     if not math.isfinite(seconds):
@@ -63,18 +69,27 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the JSON lines of later steps, and a last line that a crash cut short."""
-    if not path.exists():
-        return
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the JSON lines of later steps, and a last line that a crash cut short; returns the lines that stay."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            content = json.loads(line)
         except ValueError:
             continue
-    write_whole(path, "".join(f"{line}\n" for line in kept))
+        if content["step"] <= step:
+            kept.append(content)
+    write_whole(path, "".join(f"{json.dumps(content)}\n" for content in kept))
+    return kept
+
+
+def mean_of_lines(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean loss and parts of some lines of `metrics.jsonl`, so that one batch does not decide what is shown."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for line in lines:
+        for name, value in ({"loss": line["loss"]} | line["parts"]).items():
+            values[name].append(value)
+    return {name: sum(column) / len(column) for name, column in values.items()}
 
 
 class Journal:
@@ -85,28 +100,44 @@ class Journal:
         self.console, self.steps, self.start, self.log_every = console, steps, start, log_every
         self.began = time.perf_counter()
         self.interval, self.total = Interval(), Interval()
-        self.first_parts: dict[str, float] = {}
-        self.last_line: dict[str, Any] = {}
         self.evaluations: dict[str, dict[str, float]] = {}
         self.bad_reasons: Counter[str] = Counter()
         self.rate: float | None = None
         directory.mkdir(parents=True, exist_ok=True)
-        paths = [directory / name for name in ("metrics.jsonl", "bad_records.jsonl")]
-        for path in paths:
-            keep_until(path, start)
-        self.metrics_file, self.bad_file = (path.open("a", buffering=1) for path in paths)
+        metrics, bad = directory / "metrics.jsonl", directory / "bad_records.jsonl"
+        self.lines = [line for line in keep_until(metrics, start) if line["kind"] == "train"]
+        keep_until(bad, start)
+        self.metrics_file, self.bad_file = (path.open("a", buffering=1) for path in (metrics, bad))
+        self.before = self.lines[-1] if self.lines else {"tokens": 0, "seconds": 0.0}
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None)
 
     def say(self, text: str) -> None:
         """A line of prose."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
-    def step(self, step: int, epoch: int, metrics: Mapping[str, Any], seconds: float, waiting: float) -> None:
-        """Take the metrics of a finished step, counted from 1; every `log_every` steps they become a line."""
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, Any],
+        seconds: float,
+        waiting: float,
+        compiled: bool = False,
+    ) -> None:
+        """Take the metrics of a finished step; every `log_every` steps they become a line.
+
+        Args:
+            step: counted from 1.
+            epoch: counted from 0.
+            metrics: host values of what the step returned.
+            seconds: since the step before was finished.
+            waiting: of these, waiting for data.
+            compiled: whether they hold a compilation, and say nothing about the time left.
+        """
         for interval in (self.interval, self.total):
             interval.add(metrics, seconds, waiting)
-        # Smoothed over about twenty steps, so that one slow step (a compilation) does not swing the ETA.
-        self.rate = seconds if self.rate is None else 0.95 * self.rate + 0.05 * seconds
+        if not compiled:  # smoothed over about twenty steps
+            self.rate = seconds if self.rate is None else 0.95 * self.rate + 0.05 * seconds
         if step % self.log_every and step != self.steps:
             return
         interval, self.interval = self.interval, Interval()
@@ -118,13 +149,13 @@ class Journal:
             "parts": interval.parts(),
             "gradient_norm": float(metrics["gradient_norm"]),
             "learning_rate": float(metrics["learning_rate"]),
-            "tokens": self.total.tokens,
+            "tokens": self.before["tokens"] + self.total.tokens,
+            "seconds": self.before["seconds"] + self.total.seconds,
             "tokens_per_second": interval.tokens / max(interval.seconds, 1e-9),
             "step_seconds": interval.seconds / interval.steps,
             "input_share": interval.waiting / max(interval.seconds, 1e-9),
         }
-        self.first_parts = self.first_parts or {"loss": line["loss"]} | line["parts"]
-        self.last_line = line
+        self.lines.append(line)
         self.metrics_file.write(json.dumps(line) + "\n")
         for name in ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "input_share"):
             self.board.add_scalar(f"train/{name}", line[name], step)
@@ -169,6 +200,8 @@ class Journal:
         """The table at the end."""
         wall = time.perf_counter() - self.began
         table = Table(title=f"{step} of {self.steps} steps", show_header=False, title_justify="left")
+        table.add_column()
+        table.add_column(overflow="fold")
         total = self.total
         if total.steps:
             table.add_row("this session", f"{total.steps} steps, {total.tokens:,} tokens in {duration(wall)}")
@@ -178,10 +211,9 @@ class Journal:
                 f"{total.seconds / total.steps:.3f} s/step, "
                 f"{total.waiting / max(total.seconds, 1e-9):.0%} of it waiting for data",
             )
-        if self.last_line:
-            for name, value in ({"loss": self.last_line["loss"]} | self.last_line["parts"]).items():
-                first = f" (at first {self.first_parts[name]:.4f})" if name in self.first_parts else ""
-                table.add_row(name, f"{value:.4f}{first}")
+        first, last = (mean_of_lines(lines) for lines in (self.lines[:10], self.lines[-10:]))
+        for name, value in last.items():
+            table.add_row(name, f"{value:.4f}" + (f" (at first {first[name]:.4f})" if name in first else ""))
         for name, numbers in self.evaluations.items():
             table.add_row(f"evaluation {name}", ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
         for reason, count in self.bad_reasons.most_common(5):

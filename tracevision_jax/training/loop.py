@@ -28,7 +28,7 @@ from tracevision_jax.systems.protocol import Params, System
 from tracevision_jax.training.checkpoints import Checkpoints
 from tracevision_jax.training.initialise import initialise
 from tracevision_jax.training.interruption import Interruption
-from tracevision_jax.training.journal import Journal
+from tracevision_jax.training.journal import Journal, say
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tracevision_jax.training.parameters import count, merge, split_for_stage
 from tracevision_jax.training.recipe import TrainRecipe, check, differences
@@ -116,9 +116,7 @@ def fit(
         check_rows(rows, recipe.accumulation, mesh)
     optimizer = make_optimizer(recipe.optimizer, source.steps)
     run = Run(system, recipe, source, mesh, optimizer, Path(directory).absolute())
-    checkpoints = Checkpoints(
-        run.directory / "checkpoints", recipe.checkpoint.keep, lambda line: console.print(line, markup=False)
-    )
+    checkpoints = Checkpoints(run.directory / "checkpoints", recipe.checkpoint.keep, lambda line: say(console, line))
     try:
         with jax.set_mesh(mesh):
             state, frozen = _start(run, checkpoints, rules, console)
@@ -139,14 +137,10 @@ def _start(run: Run, checkpoints: Checkpoints, rules: tuple[Rule, ...], console:
     state_shapes, frozen_shapes = jax.eval_shape(create, shapes)
     trained, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
     state_places = state_shardings(state_shapes, optimizer, trained, mesh)
-    console.print(
-        f"{recipe.name}: stage '{recipe.stage}' trains {count(state_shapes.trained):,} of {count(shapes):,} "
-        f"parameters, on {mesh.size} x {mesh.devices.flat[0].device_kind}",
-        f"{run.source.describe()}",
-        sep="\n",
-        highlight=False,
-        markup=False,
-    )
+    trained_count = f"{count(state_shapes.trained):,} of {count(shapes):,} parameters"
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    say(console, f"{recipe.name}: stage '{recipe.stage}' trains {trained_count}, on {devices}")
+    say(console, run.source.describe())
     targets = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         {"state": state_shapes, "frozen": frozen_shapes},
@@ -156,11 +150,11 @@ def _start(run: Run, checkpoints: Checkpoints, rules: tuple[Rule, ...], console:
     if step is not None:
         _check_same_run(run, checkpoints.meta(step))
         found = checkpoints.restore(targets, step)
-        console.print(f"Continuing from the checkpoint of step {step}.", highlight=False)
+        say(console, f"Continuing from the checkpoint of step {step}.")
         return found["state"], found["frozen"]
     fresh = initialise(system, recipe.seed, places, recipe.init_from)
     for line in fresh.report:
-        console.print(f"  {line}", highlight=False, markup=False)
+        say(console, f"  {line}")
     state, frozen = jax.jit(create, out_shardings=(state_places, frozen_places), donate_argnums=0)(fresh.params)
     return state, frozen
 
