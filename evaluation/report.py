@@ -77,8 +77,10 @@ def write_report(
     held_out: Samples,
     model: Any,
     *,
+    samples: int | None = None,
     seconds: Mapping[str, float] | None = None,
     asked: Sequence[str] = ASKED,
+    asked_about: Samples | None = None,
     simplified: Sample | None = None,
     photograph: Photograph | None = None,
     examples: int = EXAMPLES,
@@ -90,9 +92,11 @@ def write_report(
         evaluated: what the sweep ran on `held_out`, one entry a task.
         held_out: the held-out samples, in the order in which they were evaluated.
         model: the trained model, `tv.load(...)`.
+        samples: how many of them were evaluated, from the first on; all by default.
         seconds: how long each part took by the wall clock, in the order to be shown; names of stages or others. A
             stage that is not in it is given the time of its steps.
         asked: task kinds whose examples are asked of the model here.
+        asked_about: held-out samples with questions of these kinds; `held_out` by default.
         simplified: a scene of a photograph's size, simplified with the paper's 5 px; by default the held-out scene
             with most recorded points, simplified as the model is given it.
         photograph: a real picture with a drawn trace; by default the one that may lie beside the checkout.
@@ -102,6 +106,8 @@ def write_report(
         UserError: a stage's metrics cannot be read.
     """
     run, seconds = Path(run_dir), dict(seconds or {})
+    held_out = _First(held_out, samples)
+    talks = held_out if asked_about is None else _First(asked_about, samples)
     by_task = {one.task.name: one.outcome.tables for one in evaluated}
     stages = {name: read_stage(run / name, name) for name in STAGES}
     reached = targets(by_task)
@@ -116,7 +122,7 @@ def write_report(
         tables=tuple(page_table(table) for one in evaluated for table in one.outcome.tables),
         examples=(
             *(evaluated_section(one, held_out, images, examples) for one in evaluated),
-            *(asked_section(model, task, held_out, images, examples) for task in asked),
+            *(asked_section(model, task, talks, images, examples) for task in asked),
         ),
         figures=(
             attention_section(model, [sample for sample in first if sample.strokes], images),
@@ -140,6 +146,26 @@ def write_report(
     return Report(run / "report" / "index.html", metrics)
 
 
+class _First:
+    """The first of some samples, each kept once it was read: every section goes through them."""
+
+    def __init__(self, samples: Samples, count: int | None):
+        self._samples = samples
+        self._count = len(samples) if count is None else min(count, len(samples))
+        self._kept: dict[int, Sample] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int, /) -> Sample:
+        if index not in self._kept:
+            self._kept[index] = self._samples[index]
+        return self._kept[index]
+
+    def fingerprint(self) -> str:
+        return self._samples.fingerprint()
+
+
 def _ascii(page: str) -> str:
     """The page with a character reference for all else than ASCII, so that no encoding can spoil it."""
     return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
@@ -161,10 +187,7 @@ def _chart(name: str, stage: Stage | None, seconds: Mapping[str, float]) -> Char
     if stage is None or not stage.train:
         return Chart(STAGES[name], "", (), "This run has no metrics of this stage.")
     took = seconds.get(name, stage.step_seconds)
-    facts = (
-        f"{stage.steps:,} steps in {duration(took)}. A point is the mean over the steps since the point before it; "
-        "rest the pointer on one to read it."
-    )
+    facts = f"{stage.steps:,} steps in {duration(took)}"
     return Chart(STAGES[name], facts, tuple(line_chart(panel) for panel in panels(stage)))
 
 
@@ -216,7 +239,7 @@ def _times(stages: Mapping[str, Stage | None], seconds: Mapping[str, float]) -> 
 
 def _machine() -> report_page.Table:
     rows = [*machine().items(), *versions().items()]
-    return report_page.Table("On what", ("", ""), tuple((name, str(value)) for name, value in rows))
+    return report_page.Table("On what", ("what", "value"), tuple((name, str(value)) for name, value in rows))
 
 
 def machine() -> dict[str, Any]:

@@ -111,12 +111,21 @@ def draw_places(image: Picture, places: Places) -> Image.Image:
     """Masks, boxes and traces on a picture."""
     picture = shown(image)
     if places.masks:
-        picture = overlay_masks(picture, np.stack(places.masks), places.names)
+        masks = np.stack(places.masks)
+        # One mask's name stands below the picture already; on it, it would hide what is masked.
+        picture = overlay_masks(_faded(picture, masks), masks, places.names if len(masks) > 1 else ())
     if places.boxes:
         picture = draw_boxes(picture, np.stack(places.boxes))
     for points in places.traces:
         picture = draw_trace(picture, points)
     return picture
+
+
+def _faded(picture: Image.Image, masks: Bool[np.ndarray, "masks height width"]) -> Image.Image:
+    """The picture paler outside all masks: a mask must be seen on an object of any colour."""
+    inside = Image.fromarray(masks.any(axis=0).astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
+    pale = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, (235, 235, 235)), 0.45)
+    return Image.composite(picture, pale, inside)
 
 
 class Drawn(NamedTuple):
@@ -267,7 +276,6 @@ def evaluated_section(evaluated: Evaluated, samples: Samples, images: Images, co
     title, note = TITLES.get(name, (evaluated.name, ""))
     records = {record["id"]: record for record in evaluated.outcome.records}
     cards: list[Card] = []
-    columns = 1
     for index in range(len(samples)):
         if len(cards) == count or name not in READERS:
             break
@@ -281,10 +289,11 @@ def evaluated_section(evaluated: Evaluated, samples: Samples, images: Images, co
         read = READERS[name](prompt, records[prompt.id], records.get(f"{prompt.id} control"))
         asked = places_of_parts(prompt.conversation.turns[0].parts)
         drawn = example_picture(prompt.sample.frames[0], asked, read.truth, read.answer)
-        columns = max(columns, drawn.panels)
-        cards.append(images.card(f"{evaluated.name}_{len(cards)}", drawn.picture, f"{title}, {prompt.id}", *read.lines))
+        alternative = f"{title}, {prompt.id}"
+        file = f"{evaluated.name}_{len(cards)}"
+        cards.append(images.card(file, drawn.picture, alternative, *read.lines, panels=drawn.panels))
     missing = "" if cards else "No held-out scene served this task, so there is nothing to show."
-    return Section(f"examples-{evaluated.name}", title, note, tuple(cards), missing, columns)
+    return Section(f"examples-{evaluated.name}", title, note, tuple(cards), missing)
 
 
 # Asked here
@@ -304,14 +313,13 @@ def asked_section(model: Asking, task: str, samples: Samples, images: Images, co
         except (BadRecord, UserError):
             continue
     answers = ask_in_turn(model, chosen)
-    cards, columns = [], 1
+    cards = []
     for number, ((sample, asked), answered) in enumerate(zip(chosen, answers, strict=True)):
         drawn = _asked_picture(sample, asked, answered)
-        columns = max(columns, drawn.panels)
-        lines = _asked_lines(asked, answered)
-        cards.append(images.card(f"{task}_{number}", drawn.picture, f"{title}, scene {sample.id}", *lines))
+        alternative, lines = f"{title}, scene {sample.id}", _asked_lines(asked, answered)
+        cards.append(images.card(f"{task}_{number}", drawn.picture, alternative, *lines, panels=drawn.panels))
     missing = "" if cards else "The held-out scenes hold no question of this kind, so there is nothing to show."
-    return Section(f"examples-{task}", title, note, tuple(cards), missing, columns)
+    return Section(f"examples-{task}", title, note, tuple(cards), missing)
 
 
 def ask_in_turn(model: Asking, chosen: Sequence[tuple[Sample, Conversation]]) -> list[list[Answer]]:

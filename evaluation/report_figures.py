@@ -39,7 +39,8 @@ from tracevision_jax.trajectory.checks import check_trace
 from tracevision_jax.trajectory.phrases import RubricPhrases, phrase_windows
 from tracevision_jax.vision.pictures import read_image, to_rgb
 
-PANEL_PX = 360
+MAP_PX, PHOTOGRAPH_PX = 260, 440
+"""Width of a panel of attention maps, and of the photograph."""
 ANSWER_TOKENS = 96
 
 
@@ -67,10 +68,10 @@ def attention_section(model: Model, samples: Sequence[Sample], images: Images) -
         if len(panels) == 1:
             missing.append(sample.id)
             continue
-        picture = sheet(panels, 3, PANEL_PX)
+        picture = sheet(panels, 3, MAP_PX)
         said = Line("narrative spoken with the trace", sample.caption)
         alternative = "The picture with its trace, and the attention between the two in both directions"
-        cards.append(images.card(f"attention_{number}", picture, alternative, said))
+        cards.append(images.card(f"attention_{number}", picture, alternative, said, panels=len(panels)))
     return Section(
         "attention",
         "TVP attention maps",
@@ -80,7 +81,6 @@ def attention_section(model: Model, samples: Sequence[Sample], images: Images) -
         "place singles that moment out.",
         tuple(cards),
         "" if cards or not missing else "The model has no TVP, so there is no attention between trace and picture.",
-        columns=3,
     )
 
 
@@ -147,8 +147,11 @@ def simplification_section(sample: Sample, how: Simplification, images: Images) 
         f"Semantic-guided Douglas-Peucker (Sec. 3.2.3) on a scene of {width} x {height} pixels with a tolerance of "
         f"{how.epsilon_px:g} px for phrases of importance 5, five times that for importance 1: {len(points)} recorded "
         f"points become {len(keypoints)} keypoints, {fewer:.0f} % fewer. (The paper's Fig. 3: 410 become 37.)",
-        (images.card("simplification", picture, "A recorded trace, and its keypoints coloured by importance"),),
-        columns=3,
+        (
+            images.card(
+                "simplification", picture, "A recorded trace, and its keypoints coloured by importance", panels=2
+            ),
+        ),
     )
 
 
@@ -235,17 +238,18 @@ def photograph_section(model: Model, photograph: Photograph | None, side_px: int
     answer = model.describe(small, trace, max_new_tokens=ANSWER_TOKENS)
     card = images.card(
         "photograph",
-        sheet(panels, 2, PANEL_PX),
+        sheet(panels, 2, PHOTOGRAPH_PX),
         "A photograph with a drawn trace, its keypoints, and attention maps",
         Line("the model says", answer.text or "(nothing)"),
         Line("photograph", f"{photograph.path.name}, {photograph.credit}"),
+        panels=2,
     )
     note = (
         f"A trace drawn by hand over a photograph, which the model sees at {width} x {height} pixels. The model of "
         "this demo has never seen anything but synthetic scenes of coloured shapes, so its words are about those: "
         "what can be judged here is where it looks, not what it names."
     )
-    return Section("photograph", title, note, (card,), columns=3)
+    return Section("photograph", title, note, (card,))
 
 
 def _keypoints_drawn(image: Picture, points: Float[np.ndarray, "points 3"]) -> Image.Image:

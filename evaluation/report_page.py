@@ -36,6 +36,8 @@ class Card:
     lines: tuple[Line, ...] = ()
     size_px: tuple[int, int] = (0, 0)
     """(width, height) of the picture, so that the page does not jump while it loads."""
+    panels: int = 1
+    """How many panels the picture has side by side: how wide it is shown."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,6 @@ class Section:
     cards: tuple[Card, ...] = ()
     missing: str = ""
     """Why there is nothing, or less than expected."""
-    columns: int = 1
-    """How many panels the pictures have side by side, 1 to 3: how wide they are shown."""
 
 
 @dataclass(frozen=True)

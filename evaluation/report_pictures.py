@@ -23,7 +23,7 @@ class Images:
             old.unlink()
         self.directory, self.prefix = directory, prefix
 
-    def card(self, name: str, picture: Image.Image, alternative: str, *lines: Line) -> Card:
-        """Write a picture and show it with its lines."""
+    def card(self, name: str, picture: Image.Image, alternative: str, *lines: Line, panels: int = 1) -> Card:
+        """Write a picture and show it with its lines; `panels` is how many it has side by side."""
         picture.convert("RGB").save(self.directory / f"{name}.jpg", quality=JPEG_QUALITY, subsampling=0, optimize=True)
-        return Card(f"{self.prefix}/{name}.jpg", alternative, tuple(lines), picture.size)
+        return Card(f"{self.prefix}/{name}.jpg", alternative, tuple(lines), picture.size, panels)
