@@ -101,29 +101,31 @@ BASE = tracevision_config(
 
 def demo_recipe(
     stage: str,
-    tasks: tuple[str, ...],
+    mixture: tuple[tuple[SceneConfig, tuple[str, ...]], ...],
+    *,
     slot: int,
     rows: int,
     steps: int,
     learning_rate: float,
-    scenes: SceneConfig = SCENES,
+    seed: int,
     points: int = 0,
     masks: int = 0,
-    seed: int = 0,
 ) -> TrainRecipe:
-    """One stage: each scene with the dialogues of `tasks`, each in a slot of `slot` tokens."""
+    """One stage: kinds of scenes, each with the dialogues to have about it, each dialogue in a slot of `slot` tokens."""
     config = dataclasses.replace(BASE, processor=dataclasses.replace(BASE.processor, slot_tokens=slot))
-    source = SourceEntry("synthetic", tasks=tasks, options={"seed": seed, "count": rows * steps, "config": scenes})
-    bucket = Bucket(
-        tokens=slot * len(tasks), frames=1, windows=4, conversations=len(tasks), points=points, masks=masks
+    sources = tuple(
+        SourceEntry("synthetic", tasks=tasks, options={"seed": seed + number, "count": rows * steps, "config": scenes})
+        for number, (scenes, tasks) in enumerate(mixture)
     )
+    conversations = max(len(tasks) for _, tasks in mixture)
+    bucket = Bucket(slot * conversations, 1, 4, conversations, points, masks)
     return register(
         TrainRecipe(
             name=f"tracevision_demo_{stage}",
             system="tracevision",
             model=TraceVisionTraining(config, SCENES_TOKENIZER),
             stage=stage,
-            data=DataConfig(sources=(source,), workers=1, prefetch=6),
+            data=DataConfig(sources=sources, workers=1, prefetch=6),
             buckets=(bucket,),
             rows=(rows,),
             steps=steps,
@@ -134,46 +136,58 @@ def demo_recipe(
     )
 
 
-def asked(scenes: SceneConfig, *kinds: str) -> SceneConfig:
+def asked(*kinds: str) -> SceneConfig:
     """Scenes with one question of each kind."""
-    return dataclasses.replace(scenes, questions=kinds, questions_per_scene=len(kinds))
+    return dataclasses.replace(SCENES, questions=kinds, questions_per_scene=len(kinds))
 
 
 STAGE0 = demo_recipe(
-    "stage0", ("plain_names+plain_objects",), slot=208, rows=16, steps=700, learning_rate=4e-3, scenes=PLAIN_SCENES
+    "stage0",
+    ((PLAIN_SCENES, ("plain_names+plain_objects",)),),
+    slot=208,
+    rows=16,
+    steps=700,
+    learning_rate=4e-3,
+    seed=0,
 )
 STAGE1 = demo_recipe(
     "stage1",
-    ("trace_qa+trace_qa+trace_qa", "trace_from_caption"),
+    ((asked("what", "what", "what"), ("trace_qa+trace_qa+trace_qa",)),),
     slot=208,
-    rows=8,
-    steps=120,
-    learning_rate=4e-3,
-    scenes=asked(SCENES, "what", "colour", "what"),
+    rows=16,
+    steps=60,
+    learning_rate=1e-3,
+    seed=10,
     points=42,
-    seed=1,
 )
 STAGE1_5 = demo_recipe(
     "stage1_5",
-    ("trace_qa+refer_box+trace_qa", "trace_from_caption+refer_box", "caption_from_trace", "trace_segment+refer_segment"),
+    (
+        (asked("what", "what", "what", "box"), ("trace_qa+trace_qa+trace_qa", "trace_from_caption+refer_box")),
+        (
+            asked("what", "what", "trace_segment", "segment"),
+            ("caption_from_trace+trace_qa", "trace_segment+trace_qa+refer_segment"),
+        ),
+    ),
     slot=208,
-    rows=8,
-    steps=500,
-    learning_rate=2e-3,
-    scenes=asked(SCENES, "what", "box", "what", "trace_box", "trace_segment", "segment"),
+    rows=16,
+    steps=420,
+    learning_rate=3e-3,
+    seed=20,
     points=42,
     masks=2,
-    seed=2,
 )
 STAGE2 = demo_recipe(
     "stage2",
-    ("dialogue", "trace_qa+trace_qa", "trace_from_caption+refer_box"),
+    (
+        (asked("dialogue", "what"), ("dialogue", "trace_qa")),
+        (asked("which_trace", "what", "trace_segment", "box"), ("trace_qa+trace_segment", "trace_qa+refer_box")),
+    ),
     slot=256,
-    rows=8,
-    steps=60,
-    learning_rate=4e-4,
-    scenes=asked(SCENES, "dialogue", "which_trace", "what", "box"),
+    rows=16,
+    steps=40,
+    learning_rate=3e-4,
+    seed=30,
     points=56,
-    masks=2,
-    seed=3,
+    masks=3,
 )

@@ -73,13 +73,13 @@ def _train(stage: str, args: Args, init_from: Path | None) -> Path | None:
 
     recipe = registry.get(f"tracevision_demo_{stage}")
     steps = max(1, round(recipe.steps * args.length))
-    source = recipe.data.sources[0]
-    source = replace(source, options=source.options | {"count": steps * recipe.rows[0]})
+    count = {"count": steps * recipe.rows[0]}
+    sources = tuple(replace(source, options=source.options | count) for source in recipe.data.sources)
     out = args.out / stage
     recipe = replace(
         recipe,
         steps=steps,
-        data=replace(recipe.data, sources=(source,)),
+        data=replace(recipe.data, sources=sources),
         init_from=str(init_from / "model") if init_from else "",
         out=str(out),
     )
