@@ -6,11 +6,18 @@ from.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.registry import SystemEntry, TrainingData, announce_source, register_source, register_system
+from configs.registry import (
+    SystemEntry,
+    TrainingData,
+    announce_source,
+    open_sources,
+    register_source,
+    register_system,
+)
 from data_loaders.rows import ConversationRecords, RowMaker, measured_table, resource_table
 from data_loaders.sources.localized_narratives import LocalizedNarratives
 from data_loaders.sources.protocol import Source
@@ -22,7 +29,8 @@ from evaluation.held_out import HeldOutLoss
 from tracevision_jax.errors import UserError
 from tracevision_jax.inference.loading import TOKENIZER, find_model
 from tracevision_jax.records.collate import collate
-from tracevision_jax.records.processor import Processor
+from tracevision_jax.records.processor import Piece, Processor
+from tracevision_jax.records.sample import BadRecord
 from tracevision_jax.records.vocabulary import Vocabulary, load_vocabulary
 from tracevision_jax.systems.tracevision import TraceVision, TraceVisionConfig
 from tracevision_jax.training.recipe import DataConfig, SourceEntry, TrainRecipe
@@ -91,18 +99,23 @@ def _data(recipe: TrainRecipe, system: TraceVision, opened: Sequence[Source]) ->
 
 def _evaluators(recipe: TrainRecipe, system: TraceVision) -> Mapping[str, Callable[[Any, int], Mapping[str, Any]]]:
     """The loss on held-out records."""
-    from configs.registry import open_sources
-
     if not recipe.evaluation.every or not recipe.evaluation.sources:
         return {}
     held_out = dataclasses.replace(recipe.data, sources=recipe.evaluation.sources)
     records = _records(held_out.sources, open_sources(held_out), recipe.data.seed)
-    rows = recipe.rows[0]
-    return {
-        "held_out": HeldOutLoss(
-            system, records, RowMaker(_processor(recipe)), recipe.buckets[0], rows, recipe.evaluation.samples
-        )
-    }
+    make_row = RowMaker(_processor(recipe))
+
+    def read_rows() -> Iterator[list[Piece]]:
+        """The first records of each source that can be used."""
+        for source in records:
+            for index in range(min(len(source), -(-recipe.evaluation.samples // len(records)))):
+                try:
+                    yield make_row([source[index]])
+                except (BadRecord, UserError):
+                    continue
+
+    place = functools.partial(collate, config=system.config.processor)
+    return {"held_out": HeldOutLoss(system, read_rows, place, recipe.buckets[0], recipe.rows[0])}
 
 
 def _folders(recipe: TrainRecipe) -> Mapping[str, Callable[[Path], None]]:

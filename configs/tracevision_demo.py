@@ -25,10 +25,11 @@ from tracevision_jax.records.vocabulary import CHAT_TOKENS
 from tracevision_jax.segmentation.pixel_decoder import PixelDecoderConfig
 from tracevision_jax.systems.tracevision import tracevision_config
 from tracevision_jax.training.optimizer import OptimizerConfig
-from tracevision_jax.training.recipe import CheckpointConfig, DataConfig, SourceEntry, TrainRecipe
+from tracevision_jax.training.recipe import CheckpointConfig, DataConfig, EvaluationConfig, SourceEntry, TrainRecipe
 from tracevision_jax.vision.config import QwenVisionConfig
 from tracevision_jax.vision.preprocess import VisionInputConfig
 
+HELD_OUT_SEED = 1_000_003
 SIDE_PX = 96
 TOKENS = 480
 """Of the tokenizer."""
@@ -117,6 +118,9 @@ def demo_recipe(
         SourceEntry("synthetic", tasks=tasks, options={"seed": seed + number, "count": rows * steps, "config": scenes})
         for number, (scenes, tasks) in enumerate(mixture)
     )
+    held_out = tuple(
+        dataclasses.replace(source, options=source.options | {"seed": HELD_OUT_SEED, "count": 64}) for source in sources
+    )
     conversations = max(len(tasks) for _, tasks in mixture)
     bucket = Bucket(slot * conversations, 1, 4, conversations, points, masks)
     return register(
@@ -131,6 +135,7 @@ def demo_recipe(
             steps=steps,
             optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=0.05, final_share=0.05, beta2=0.98),
             checkpoint=CheckpointConfig(every=0, keep=1),
+            evaluation=EvaluationConfig(every=200, samples=64, sources=held_out),
             log_every=10,
         )
     )

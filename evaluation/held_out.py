@@ -1,59 +1,56 @@
 """The loss on held-out records while training: an evaluator of the training loop.
 
-    evaluator = HeldOutLoss(system, records, make_row, bucket, rows=8, samples=64)
+    evaluator = HeldOutLoss(system, read_rows, collate, bucket, rows=8)
     evaluator(params, step)        # {"loss": ..., "text": ..., ...}
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 
-from data_loaders.rows import ConversationRecords, RowMaker
-from tracevision_jax.errors import UserError
 from tracevision_jax.records.batch import Batch, Bucket
-from tracevision_jax.records.collate import collate
-from tracevision_jax.records.sample import BadRecord
 from tracevision_jax.systems.protocol import System
 from tracevision_jax.training.step import part_values, total_loss
+
+Row = list[Any]
 
 
 @dataclasses.dataclass
 class HeldOutLoss:
-    """Loss parts over the first records of each held-out source."""
+    """Loss parts over held-out rows."""
 
     system: System
-    records: Sequence[ConversationRecords]
-    make_row: RowMaker
+    read_rows: Callable[[], Iterable[Row]]
+    """Makes the rows; called once, at the first evaluation."""
+    collate: Callable[[list[Row], Bucket], Batch]
     bucket: Bucket
     rows: int
-    samples: int
+    """Rows of a batch."""
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """The records, encoded once; those that cannot be used or do not fit the bucket are left out."""
-        config = self.make_row.processor.config
-        rows = []
-        for records in self.records:
-            for index in range(min(len(records), self.samples // len(self.records))):
-                try:
-                    row = self.make_row([records[index]])
-                    collate([row], self.bucket, config)
-                except (BadRecord, UserError, ValueError):
-                    continue
-                rows.append(row)
-        padded = rows + [[]] * (-len(rows) % self.rows)
-        return [collate(padded[i : i + self.rows], self.bucket, config) for i in range(0, len(padded), self.rows)]
+        """The rows in batches; those that do not fit the bucket are left out, empty ones fill the last batch."""
+        fitting = [row for row in self.read_rows() if self._fits(row)]
+        padded = fitting + [[]] * (-len(fitting) % self.rows)
+        return [self.collate(padded[i : i + self.rows], self.bucket) for i in range(0, len(padded), self.rows)]
+
+    def _fits(self, row: Row) -> bool:
+        try:
+            self.collate([row], self.bucket)
+        except ValueError:
+            return False
+        return True
 
     @cached_property
     def _sums(self) -> Any:
         return jax.jit(lambda params, batch: self.system.loss(params, (), batch, jax.random.key(0))[:2])
 
     def __call__(self, params: Any, step: int) -> dict[str, float]:
-        """{"loss" and every part: value} over all held-out records."""
+        """{"loss" and every part: value} over all held-out rows."""
         del step
         if not self.batches:
             return {}
