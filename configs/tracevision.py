@@ -25,12 +25,12 @@ from data_loaders.sources.released_files import narrative_files
 from data_loaders.sources.synthetic import SyntheticSource
 from data_loaders.sources.tfds import TfdsNarratives
 from data_loaders.synthetic.tokenizer import scene_tokenizer
-from evaluation.held_out import HeldOutLoss
+from evaluation.held_out import HeldOutLoss, HeldOutPictures
 from tracevision_jax.errors import UserError
 from tracevision_jax.inference.loading import TOKENIZER, find_model
 from tracevision_jax.records.collate import collate
 from tracevision_jax.records.processor import Piece, Processor
-from tracevision_jax.records.sample import BadRecord
+from tracevision_jax.records.sample import BadRecord, Conversation, Sample
 from tracevision_jax.records.vocabulary import Vocabulary, load_vocabulary
 from tracevision_jax.systems.tracevision import TraceVision, TraceVisionConfig
 from tracevision_jax.training.recipe import DataConfig, SourceEntry, TrainRecipe
@@ -98,7 +98,7 @@ def _data(recipe: TrainRecipe, system: TraceVision, opened: Sequence[Source]) ->
 
 
 def _evaluators(recipe: TrainRecipe, system: TraceVision) -> Mapping[str, Callable[[Any, int], Mapping[str, Any]]]:
-    """The loss on held-out records."""
+    """The loss on held-out records, and pictures of answers about them."""
     if not recipe.evaluation.every or not recipe.evaluation.sources:
         return {}
     held_out = dataclasses.replace(recipe.data, sources=recipe.evaluation.sources)
@@ -114,8 +114,18 @@ def _evaluators(recipe: TrainRecipe, system: TraceVision) -> Mapping[str, Callab
                 except (BadRecord, UserError):
                     continue
 
+    def read_prompts() -> Iterator[tuple[Sample, Conversation, Piece]]:
+        """The first question about the first samples of each source, in turn."""
+        for number in range(recipe.evaluation.pictures):
+            sample, conversations = records[number % len(records)][number // len(records)]
+            first = dataclasses.replace(conversations[0], turns=conversations[0].turns[:2])
+            yield sample, first, make_row.processor.piece(sample, [first], answer=False)
+
     place = functools.partial(collate, config=system.config.processor)
-    return {"held_out": HeldOutLoss(system, read_rows, place, recipe.buckets[0], recipe.rows[0])}
+    loss = HeldOutLoss(system, read_rows, place, recipe.buckets[0], recipe.rows[0])
+    if not recipe.evaluation.pictures:
+        return {"held_out": loss}
+    return {"held_out": loss, "pictures": HeldOutPictures(system.config, make_row.processor.vocabulary, read_prompts)}
 
 
 def _folders(recipe: TrainRecipe) -> Mapping[str, Callable[[Path], None]]:

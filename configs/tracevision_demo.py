@@ -135,7 +135,7 @@ def demo_recipe(
             steps=steps,
             optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=0.05, final_share=0.05, beta2=0.98),
             checkpoint=CheckpointConfig(every=0, keep=1),
-            evaluation=EvaluationConfig(every=200, samples=64, sources=held_out),
+            evaluation=EvaluationConfig(every=200, samples=64, pictures=2 if masks else 0, sources=held_out),
             log_every=10,
         )
     )

@@ -1,7 +1,7 @@
-"""The loss on held-out records while training: an evaluator of the training loop.
+"""Evaluators of the training loop on held-out records: the loss, and pictures of answers for TensorBoard.
 
-    evaluator = HeldOutLoss(system, read_rows, collate, bucket, rows=8)
-    evaluator(params, step)        # {"loss": ..., "text": ..., ...}
+    HeldOutLoss(system, read_rows, collate, bucket, rows=8)(params, step)        # {"loss": ..., "text": ..., ...}
+    HeldOutPictures(config, vocabulary, read_prompts)(params, step)              # {"answer_0": (h, w, 3) uint8, ...}
 """
 
 import dataclasses
@@ -12,8 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from tracevision_jax.inference.engine import Engine
+from tracevision_jax.inference.pictures_sheets import Panel, sheet
+from tracevision_jax.inference.rendering import draw_answer
 from tracevision_jax.records.batch import Batch, Bucket
+from tracevision_jax.records.processor import Piece
+from tracevision_jax.records.sample import Conversation, Sample, TracePart
+from tracevision_jax.records.vocabulary import Vocabulary
 from tracevision_jax.systems.protocol import System
+from tracevision_jax.systems.tracevision import TraceVisionConfig
 from tracevision_jax.training.step import part_values, total_loss
 
 Row = list[Any]
@@ -59,3 +66,37 @@ class HeldOutLoss:
         weights = {name: np.sum([w[name] for _, w in made]) for name in made[0][1]}
         values = {name: float(value) for name, value in part_values(sums, weights).items()}
         return {"loss": float(total_loss(self.system.coefficients, sums, weights))} | values
+
+
+@dataclasses.dataclass
+class HeldOutPictures:
+    """What the model answers to a few held-out prompts, drawn, with the question and the answer as text."""
+
+    config: TraceVisionConfig
+    vocabulary: Vocabulary
+    read_prompts: Callable[[], Iterable[tuple[Sample, Conversation, Piece]]]
+    """Makes the prompts (pieces without their answer); called once, at the first evaluation."""
+    max_new_tokens: int = 96
+
+    @cached_property
+    def prompts(self) -> list[tuple[Sample, Conversation, Piece]]:
+        """The prompts."""
+        return list(self.read_prompts())
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine(self.config, None, self.vocabulary)
+
+    def __call__(self, params: Any, step: int) -> dict[str, np.ndarray]:
+        """{"answer_<number>": picture}."""
+        del step
+        self._engine.params = params
+        answers = self._engine.generate([piece for *_, piece in self.prompts], max_new_tokens=self.max_new_tokens)
+        pictures = {}
+        for number, ((sample, conversation, _), answer) in enumerate(zip(self.prompts, answers, strict=True)):
+            parts = [part for turn in conversation.turns[:-1] for part in turn.parts]
+            shown = [part.points for part in parts if isinstance(part, TracePart)]
+            asked = " ".join(part if isinstance(part, str) else "..." for part in parts)
+            panel = Panel(draw_answer(sample, answer, shown), f"{asked}\n{answer.text}")
+            pictures[f"answer_{number}"] = np.asarray(sheet([panel], columns=1).convert("RGB"))
+        return pictures

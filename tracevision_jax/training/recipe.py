@@ -77,6 +77,8 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates never."""
     samples: int = 64
     """Held-out samples of each evaluation."""
+    pictures: int = 4
+    """Pictures of held-out answers for TensorBoard of each evaluation; 0 draws none."""
     sources: tuple[SourceEntry, ...] = ()
     """Held-out records whose loss is measured."""
 
