@@ -33,9 +33,7 @@ def _least_cost(rows: np.ndarray, columns: np.ndarray, window: int) -> float:
     """Least sum of distances when every row takes one column and no column is taken twice."""
     p, m = len(rows), len(columns)
     distances = np.abs(rows[:, None] - columns[None]).mean(axis=-1)
-    cells = [
-        (i, j) for i in range(p) for j in range(m) if (i - window) * m / p <= j < (i + 1 + window) * m / p
-    ]
+    cells = [(i, j) for i in range(p) for j in range(m) if (i - window) * m / p <= j < (i + 1 + window) * m / p]
     row_of, column_of = np.array(cells).T
     ones, variables = np.ones(len(cells)), np.arange(len(cells))
     solution = linprog(
@@ -72,9 +70,7 @@ def _seconds(work: Callable[[], float], repeats: int = 3) -> tuple[float, float]
     return shortest, value
 
 
-def measure(
-    traces: int = 100, longest: int = 120, windows: tuple[int, ...] = (0, 1), seed: int = 0
-) -> list[dict]:
+def measure(traces: int = 100, longest: int = 120, windows: tuple[int, ...] = (0, 1), seed: int = 0) -> list[dict]:
     """One record a window: milliseconds a trace on both sides, their ratio, the largest difference of values.
 
     Traces of at most 120 boxes: a narrative has about as many words.

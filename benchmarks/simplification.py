@@ -49,10 +49,7 @@ def spoken_words(rng: np.random.Generator, duration: float) -> list[TimedWord]:
         texts.insert(int(place), "uh")
     starts = np.linspace(0, duration, len(texts), endpoint=False)
     length = 0.9 * duration / len(texts)
-    return [
-        TimedWord(text, float(start), float(start) + length)
-        for text, start in zip(texts, starts, strict=True)
-    ]
+    return [TimedWord(text, float(start), float(start) + length) for text, start in zip(texts, starts, strict=True)]
 
 
 def best_seconds(work: Callable[[], object], rounds: int = 3) -> float:
@@ -80,9 +77,7 @@ def main() -> None:
         return result
 
     def together(count: int) -> list[np.ndarray]:
-        return simplify_many(
-            traces[:count], words[:count], [CAPTION] * count, [SIZE] * count, [phrases] * count
-        )
+        return simplify_many(traces[:count], words[:count], [CAPTION] * count, [SIZE] * count, [phrases] * count)
 
     def one_by_one(count: int) -> list[np.ndarray]:
         pairs = zip(traces[:count], words[:count], strict=True)
@@ -102,9 +97,7 @@ def main() -> None:
     console = Console()
     console.print(table)
     mean = np.mean([len(keypoints) for keypoints in kept])
-    console.print(
-        f"{POINTS} points become {mean:.0f} keypoints on average ({100 * (1 - mean / POINTS):.0f} % fewer)."
-    )
+    console.print(f"{POINTS} points become {mean:.0f} keypoints on average ({100 * (1 - mean / POINTS):.0f} % fewer).")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def demo_recipe(
     points: int = 0,
     masks: int = 0,
 ) -> TrainRecipe:
-    """One stage: kinds of scenes, each with the dialogues to have about it, each dialogue in a slot of `slot` tokens."""
+    """One stage: kinds of scenes with the dialogues to have about each, each dialogue in a slot of `slot` tokens."""
     config = dataclasses.replace(BASE, processor=dataclasses.replace(BASE.processor, slot_tokens=slot))
     sources = tuple(
         SourceEntry("synthetic", tasks=tasks, options={"seed": seed + number, "count": rows * steps, "config": scenes})

@@ -10,8 +10,10 @@ A record that cannot be used (BadRecord, any exception while decoding or laying 
 of weight 0 and a `BadRecordReport` with its reason and file; the rest of its row is kept.
 """
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any, Protocol
 import absl.flags
 import grain
 import jax
+import numpy as np
 
 from data_loaders.plan import Plan, Record, rows_of_process
 from tracevision_jax.records.batch import Batch, Bucket
@@ -76,7 +79,8 @@ class Pipeline:
 
     def describe(self) -> str:
         """The plan's description, and the number of steps."""
-        return f"{self.plan.describe()}\n{self.steps:,} steps, {self.workers or 'no'} data workers"
+        where = f"{self.workers} worker processes" if self.workers else "threads"
+        return f"{self.plan.describe()}\n{self.steps:,} steps; rows are made in {where}"
 
     def batches(self, start: int = 0) -> Iterator[StepBatch]:
         """Yield the batches of the steps from `start` on; closing the iterator ends the workers."""
@@ -87,11 +91,9 @@ class Pipeline:
         maker = _StepMaker(
             self.plan, tuple(self.records), self.make_row, self.collate, start, self.steps, process, processes
         )
-        threads = max(1, min(2, os.cpu_count() or 1)) if not self.workers else 1
-        options = grain.ReadOptions(
-            num_threads=threads,
-            prefetch_buffer_size=max(self.prefetch, threads) if not self.workers else threads,
-        )
+        # Python's threads share one core: two keep it busy while one waits for a file.
+        threads, ahead = (1, 1) if self.workers else (2, max(self.prefetch, 2))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         dataset = grain.MapDataset.source(maker).to_iter_dataset(options)
         if self.workers:
             if not absl.flags.FLAGS.is_parsed():  # Grain reads its flags when it starts workers
@@ -100,11 +102,16 @@ class Pipeline:
                 num_workers=self.workers, per_worker_buffer_size=max(1, self.prefetch // self.workers)
             )
             dataset = dataset.mp_prefetch(each, worker_init_fn=start_worker)
+        # On the CPU jax takes numpy arrays as they are, and would hold on to the workers' shared memory.
+        copies = bool(self.workers) and jax.default_backend() == "cpu"
         iterator = iter(dataset)
         try:
             for made in iterator:
                 planned = self.plan.step(made["step"])
-                batch = Batch(**made["arrays"])
+                arrays = made["arrays"]
+                if copies:
+                    arrays = {name: np.array(array) for name, array in arrays.items()}
+                batch = Batch(**arrays)
                 yield StepBatch(planned.step, planned.epoch, planned.bucket, batch, made["bad"])
         finally:
             if hasattr(iterator, "close"):
@@ -112,7 +119,12 @@ class Pipeline:
 
 
 def start_worker(worker: int, workers: int) -> None:
-    """Set up a worker process: it keeps off accelerators, and ends when the training process does."""
+    """Set up a worker process: it keeps off accelerators, and ends when the training process does.
+
+    Ctrl-C reaches the workers as well; they go on, since the training process finishes its step first.
+    """
+    with contextlib.suppress(ValueError):  # only the main thread may say so
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
     parent = multiprocessing.parent_process()

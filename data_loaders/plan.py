@@ -95,9 +95,7 @@ class Plan:
     def __post_init__(self):
         """Assign buckets; raises UserError when there is nothing to train on."""
         if len(self.rows) != len(self.buckets) or not self.buckets or min(self.rows) < 1:
-            raise UserError(
-                f"{len(self.buckets)} buckets need as many positive numbers of rows: {self.rows}."
-            )
+            raise UserError(f"{len(self.buckets)} buckets need as many positive numbers of rows: {self.rows}.")
         order = sorted(range(len(self.buckets)), key=lambda b: self.buckets[b])
         self.buckets = [self.buckets[b] for b in order]
         self.rows = [self.rows[b] for b in order]
@@ -186,9 +184,7 @@ class Plan:
         if self.too_long:
             some = ", ".join(f"{self.sources[s].name}[{r}]" for s, r in self.too_long[:listed])
             more = ", ..." if len(self.too_long) > listed else ""
-            lines.append(
-                f"left out, too long for every bucket: {len(self.too_long):,} records ({some}{more})"
-            )
+            lines.append(f"left out, too long for every bucket: {len(self.too_long):,} records ({some}{more})")
         return "\n".join(lines)
 
     def _tokens(self, epoch: EpochPlan, bucket: int) -> int:
@@ -252,9 +248,7 @@ class Plan:
         )
 
 
-def pack(
-    sizes: Int[np.ndarray, "records kinds"], limits: Int[np.ndarray, "kinds"]
-) -> Int[np.ndarray, "records"]:
+def pack(sizes: Int[np.ndarray, "records kinds"], limits: Int[np.ndarray, "kinds"]) -> Int[np.ndarray, "records"]:
     """Row of each record: the first open row with room, else a new one in place of the fullest.
 
     Every record must fit an empty row. Rows are numbered in the order in which they are opened.

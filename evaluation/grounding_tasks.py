@@ -54,7 +54,7 @@ class ReferBox:
         if not records:
             return []
         ious = np.array([record["iou"] for record in records])
-        values = {"P@0.5": boxes.precision_at(ious), "mean IoU": float(ious.mean())}
+        values: dict[str, float | None] = {"P@0.5": boxes.precision_at(ious), "mean IoU": float(ious.mean())}
         return [Table(f"Boxes of phrases ({len(records)} phrases)", values)]
 
 
@@ -125,7 +125,7 @@ def mask_record(prompt: Prompt, answer: Answer) -> Record:
     """Pixels of intersection and union of all masks of an answer with all of the truth, over the shown frames."""
     shown = frame_indices(prompt.sample, answer)
     true = true_mask(prompt.conversation, prompt.sample)[shown]
-    predicted = answer.masks.any(axis=0)
+    predicted = np.asarray(answer.masks.any(axis=0))
     intersection, union = masks.areas(predicted, true)
     return {
         "prediction": [run_lengths(frame) for frame in predicted],

@@ -1,7 +1,7 @@
 """Evaluators of the training loop on held-out records: the loss, and pictures of answers for TensorBoard.
 
-    HeldOutLoss(system, read_rows, collate, bucket, rows=8)(params, step)        # {"loss": ..., "text": ..., ...}
-    HeldOutPictures(config, vocabulary, read_prompts)(params, step)              # {"answer_0": (h, w, 3) uint8, ...}
+HeldOutLoss(system, read_rows, collate, bucket, rows=8)(params, step)        # {"loss": ..., "text": ..., ...}
+HeldOutPictures(config, vocabulary, read_prompts)(params, step)              # {"answer_0": (h, w, 3) uint8, ...}
 """
 
 import dataclasses

@@ -105,7 +105,8 @@ def write_report(
     Raises:
         UserError: a stage's metrics cannot be read.
     """
-    run, seconds = Path(run_dir), dict(seconds or {})
+    run = Path(run_dir)
+    seconds = {name: float(value) for name, value in (seconds or {}).items()}
     held_out = _First(held_out, samples)
     talks = held_out if asked_about is None else _First(asked_about, samples)
     by_task = {one.task.name: one.outcome.tables for one in evaluated}
@@ -223,7 +224,7 @@ def _missed(reached: Sequence[Target]) -> tuple[str, ...]:
 def _all_seconds(stages: Mapping[str, Stage | None], seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds of every part, those of stages that nobody clocked from their steps."""
     from_steps = {name: stage.step_seconds for name, stage in stages.items() if stage is not None}
-    return {name: round(float(value), 1) for name, value in (from_steps | dict(seconds)).items()}
+    return {name: round(value, 1) for name, value in (from_steps | dict(seconds)).items()}
 
 
 def _times(stages: Mapping[str, Stage | None], seconds: Mapping[str, float]) -> report_page.Table:

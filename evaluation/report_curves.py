@@ -91,7 +91,7 @@ def read_stage(directory: str | Path, name: str) -> Stage | None:
         try:
             line = json.loads(text)
             kind = {"train": train, "evaluation": evaluations}[line["kind"]]
-            line["step"], line["parts" if line["kind"] == "train" else "values"]
+            _ = line["step"], line["parts" if line["kind"] == "train" else "values"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number} is no line of a training journal: {error!r}") from error
         kind.append(line)
@@ -134,6 +134,28 @@ def tick_text(value: float) -> str:
     return f"{value:.4g}"
 
 
+class _Frame(NamedTuple):
+    """Where steps and values lie on a chart."""
+
+    last_step: int
+    highest: float
+
+    def x(self, step: int | float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / self.last_step
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(value / self.highest, 0.0), 1.0)
+
+
+class _Place(NamedTuple):
+    """One point of a line."""
+
+    step: int
+    value: float
+    x: float
+    y: float
+
+
 def line_chart(panel: Panel) -> str:
     """One chart as an SVG element, its points named when the pointer rests on them.
 
@@ -141,34 +163,32 @@ def line_chart(panel: Panel) -> str:
     """
     finite = [value for value in panel.values if math.isfinite(value)]
     vertical = nice_ticks(panel.highest or max(finite, default=1.0))
-    horizontal = nice_ticks(max(panel.steps[-1], 1), 5)
-    while len(horizontal) > 2 and horizontal[-1] > panel.steps[-1]:
-        horizontal.pop()
-    last_step = max(panel.steps[-1], 1)
-
-    def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / last_step
-
-    def y(value: float) -> float:
-        share = min(max(value / vertical[-1], 0.0), 1.0)
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
-
-    places = [
-        (step, value, x(step), y(value))
-        for step, value in zip(panel.steps, panel.values, strict=True)
-        if math.isfinite(value)
-    ]
+    frame = _Frame(max(panel.steps[-1], 1), vertical[-1])
+    horizontal = [tick for tick in nice_ticks(float(frame.last_step), 5) if tick <= frame.last_step]
+    runs = _runs(panel, frame)
     title = escape(panel.title)
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}, by step">',
         f'<text class="name" x="2" y="15">{title}</text>',
-        *(_horizontal_line(y(tick), tick_text(tick), tick == 0) for tick in vertical),
-        *(_step_mark(x(tick), tick_text(tick)) for tick in horizontal if tick <= last_step),
+        *(_horizontal_line(frame.y(tick), tick_text(tick), tick == 0) for tick in vertical),
+        *(_step_mark(frame.x(tick), tick_text(tick)) for tick in horizontal),
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - 5}" text-anchor="middle">step</text>',
+        *(_line(run) for run in runs if len(run) > 1),
+        *_marks([place for run in runs for place in run], panel.marked),
+        "</svg>",
     ]
-    if places:
-        parts += [*_paths(panel, x, y), *_points(panel, places)]
-    return "".join([*parts, "</svg>"])
+    return "".join(parts)
+
+
+def _runs(panel: Panel, frame: _Frame) -> list[list[_Place]]:
+    """Stretches of values that are finite."""
+    runs: list[list[_Place]] = [[]]
+    for step, value in zip(panel.steps, panel.values, strict=True):
+        if math.isfinite(value):
+            runs[-1].append(_Place(step, value, frame.x(step), frame.y(value)))
+        elif runs[-1]:
+            runs.append([])
+    return runs
 
 
 def _horizontal_line(place: float, label: str, base: bool) -> str:
@@ -183,29 +203,25 @@ def _step_mark(place: float, label: str) -> str:
     return f'<text class="tick" x="{place:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>'
 
 
-def _paths(panel: Panel, x, y) -> list[str]:
-    """A line through each stretch of finite values."""
-    runs: list[list[str]] = [[]]
-    for step, value in zip(panel.steps, panel.values, strict=True):
-        if math.isfinite(value):
-            runs[-1].append(f"{x(step):.1f},{y(value):.1f}")
-        elif runs[-1]:
-            runs.append([])
-    return [f'<polyline class="line" points="{" ".join(run)}"/>' for run in runs if len(run) > 1]
+def _line(run: Sequence[_Place]) -> str:
+    points = " ".join(f"{place.x:.1f},{place.y:.1f}" for place in run)
+    return f'<polyline class="line" points="{points}"/>'
 
 
-def _points(panel: Panel, places: Sequence[tuple[int, float, float, float]]) -> list[str]:
-    """The last point with its value, and places to rest the pointer on."""
-    _, value, last_x, last_y = places[-1]
+def _marks(places: Sequence[_Place], marked: bool) -> list[str]:
+    """The last point with its value (every point where `marked`), and places to rest the pointer on."""
+    if not places:
+        return []
+    last = places[-1]
     every = max(1, math.ceil(len(places) / MOST_HOVER_POINTS))
-    hover = [
-        f'<circle class="hover" cx="{px:.1f}" cy="{py:.1f}" r="7"><title>step {step}: {shown:.4g}</title></circle>'
-        for step, shown, px, py in places[::-1][::every]
-    ]
-    dots = places if panel.marked else places[-1:]
-    above = last_y - 8 if last_y - 8 > TOP - 8 else last_y + 16
+    above = last.y - 8 if last.y > TOP else last.y + 16
+    dots = places if marked else [last]
     return [
-        *(f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="3.2"/>' for _, _, px, py in dots),
-        f'<text class="value" x="{last_x + 4:.1f}" y="{above:.1f}" text-anchor="end">{value:.3g}</text>',
-        *hover,
+        *(f'<circle class="dot" cx="{place.x:.1f}" cy="{place.y:.1f}" r="3.2"/>' for place in dots),
+        f'<text class="value" x="{last.x + 4:.1f}" y="{above:.1f}" text-anchor="end">{last.value:.3g}</text>',
+        *(
+            f'<circle class="hover" cx="{place.x:.1f}" cy="{place.y:.1f}" r="7">'
+            f"<title>step {place.step}: {place.value:.4g}</title></circle>"
+            for place in places[::-1][::every]
+        ),
     ]

@@ -10,7 +10,7 @@ answers before each question. Both take the first samples that serve: nothing is
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -94,6 +94,7 @@ class Places:
         return Places(self.traces + other.traces, self.boxes + other.boxes, masks, names)
 
 
+@runtime_checkable
 class Asking(Protocol):
     """What dialogues ask of a model: `tv.load(...)`'s processor and engine."""
 

@@ -11,7 +11,7 @@ photograph with a drawn trace.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -44,6 +44,7 @@ MAP_PX, PHOTOGRAPH_PX = 260, 440
 ANSWER_TOKENS = 96
 
 
+@runtime_checkable
 class Model(Protocol):
     """What figures ask of a model."""
 

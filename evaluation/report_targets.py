@@ -124,7 +124,8 @@ def targets(tables: Tables) -> list[Target]:
 
 def find(tables: Tables, task: str, name: str) -> float | None:
     """A number of a task by its name; None where it was not measured."""
-    return next((table.values[name] for table in tables.get(task, ()) if table.values.get(name) is not None), None)
+    found = (table.values.get(name) for table in tables.get(task, ()))
+    return next((float(value) for value in found if value is not None), None)
 
 
 def verdict(targets: Sequence[Target]) -> str:

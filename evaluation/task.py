@@ -10,7 +10,7 @@ input is made wrong on purpose (another sample's trace); it shows what a number 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from tracevision_jax.inference.answers import Answer
 from tracevision_jax.records.processor import Processor
@@ -24,7 +24,6 @@ SEARCHED = 16
 """Samples that are looked at to find another one for a control."""
 
 
-@runtime_checkable
 @runtime_checkable
 class Samples(Protocol):
     """Random access to samples; a `data_loaders` source is one."""
@@ -61,7 +60,6 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-@runtime_checkable
 @runtime_checkable
 class Task(Protocol):
     """See the module's text."""

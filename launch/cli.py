@@ -144,8 +144,7 @@ def _dispatch(argv: list[str]) -> int:
         kind = "flag" if name.startswith("-") else "command"
         known = [*COMMANDS, "--help", "--version"]
         raise UserError(
-            f"there is no {kind} '{name}'.{suggest(name, known)} Commands: {', '.join(COMMANDS)}. "
-            f"See {PROGRAM} --help."
+            f"there is no {kind} '{name}'.{suggest(name, known)} Commands: {', '.join(COMMANDS)}. See {PROGRAM} --help."
         )
     module = importlib.import_module(f"launch.{name}")
     return int(module.run(parse(module, rest, f"{PROGRAM} {name}")) or 0)
@@ -227,9 +226,7 @@ def _hyphened(name: str) -> str:
 
 def _nested_name(member: Any) -> str:
     """Name of a union's member: given with `tyro.conf.subcommand`, else the class name with hyphens."""
-    return (
-        _given_name(member) or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", _dataclass_of(member).__name__).lower()
-    )
+    return _given_name(member) or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", _dataclass_of(member).__name__).lower()
 
 
 def _given_name(member: Any) -> str | None:

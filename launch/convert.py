@@ -67,9 +67,9 @@ def run(args: Args) -> int:
         from evaluation.verify import require_torch
 
         require_torch()
+    check_places(args.source, args.to, args.overwrite)
     if not args.source.is_dir():
         raise UserError(f"--from {args.source} is no directory")
-    check_places(args.source, args.to, args.overwrite)
     console = Console(stderr=True)
     conversion, reference, ours = plan(args)
     with ended_by_termination(), progress_bar(console, conversion) as progress:

@@ -1,4 +1,4 @@
-"""Train TraceVision from nothing on synthetic scenes, evaluate it on held-out ones, and write a report with pictures."""
+"""Train TraceVision from nothing on synthetic scenes, evaluate it on held-out ones, write a report with pictures."""
 
 import json
 import sys
@@ -48,12 +48,12 @@ def run(args: Args) -> int:
     if args.length <= 0 or args.samples < 1:
         raise UserError("--length must be positive and --samples at least 1")
     clock = _Clock(args.out / "seconds.json")
-    model = None
-    for stage in STAGES:
+    model = Path()
+    for before, stage in zip(("", *STAGES), STAGES, strict=False):
         with clock.measure(stage):
-            model = _train(stage, args, model)
-        if model is None:
-            return 130
+            model = args.out / stage
+            if not _train(stage, args, args.out / before if before else None):
+                return 130
     with clock.measure("evaluation"):
         held_out = _held_out(args.out / "held_out", args.samples)
         evaluated = _evaluate(model, held_out, args.out / "evaluation")
@@ -66,8 +66,8 @@ def run(args: Args) -> int:
     return 0
 
 
-def _train(stage: str, args: Args, init_from: Path | None) -> Path | None:
-    """Train a stage, or go on with it; the folder of its run, None when it was interrupted."""
+def _train(stage: str, args: Args, init_from: Path | None) -> bool:
+    """Train a stage, or go on with it, in its folder; False when it was interrupted."""
     from configs import registry
     from launch.train import train
 
@@ -75,16 +75,15 @@ def _train(stage: str, args: Args, init_from: Path | None) -> Path | None:
     steps = max(1, round(recipe.steps * args.length))
     count = {"count": steps * recipe.rows[0]}
     sources = tuple(replace(source, options=source.options | count) for source in recipe.data.sources)
-    out = args.out / stage
     recipe = replace(
         recipe,
         steps=steps,
         data=replace(recipe.data, sources=sources),
         init_from=str(init_from / "model") if init_from else "",
-        out=str(out),
+        out=str(args.out / stage),
     )
     print(f"\n== {stage}: {steps} steps ==", flush=True)
-    return out if train(recipe).finished else None
+    return train(recipe).finished
 
 
 def _held_out(folder: Path, count: int) -> "LocalizedNarratives":

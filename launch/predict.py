@@ -31,7 +31,7 @@ class Args:
       tracevision predict checkpoints/tracevision-7b --image a.jpg --segment "the dog" --out dog/
       tracevision predict checkpoints/tracevision-7b --image a.jpg --trace a.json --segment --out traced/
       tracevision predict checkpoints/tracevision-7b --image a.jpg --locate "the red kite"
-      tracevision predict checkpoints/tracevision-7b --video clip.mp4 --trace a.json b.json --ask "What links {A} and {B}?"
+      tracevision predict checkpoints/tracevision-7b --video clip.mp4 --trace a.json b.json --ask "Compare {A} and {B}."
     """
 
     checkpoint: tyro.conf.Positional[str]

@@ -125,8 +125,7 @@ def _run_lbm(args: Lbm) -> int:
         window: {
             "lbm": lbm.mean_over_traces(scores),
             "samples": {
-                name: None if np.isnan(score) else float(score)
-                for name, score in zip(references, scores, strict=True)
+                name: None if np.isnan(score) else float(score) for name, score in zip(references, scores, strict=True)
             },
         }
         for window, scores in values.items()
@@ -175,10 +174,7 @@ def _run_captions(args: Captions) -> int:
     _print_table(
         f"Captions, {args.tokenizer} tokens",
         ("metric", "score"),
-        [
-            (name, "not computed" if value is None else f"{value:.4f}")
-            for name, value in scores.values.items()
-        ],
+        [(name, "not computed" if value is None else f"{value:.4f}") for name, value in scores.values.items()],
         [*_grouped(scores.reasons), *scores.notes, f"{len(references)} ids."],
     )
     return 0
@@ -199,9 +195,7 @@ def _run_masks(args: Masks) -> int:
 
     if not 0 <= args.union_epsilon < float("inf"):
         raise UserError(f"--union-epsilon must be 0 or a small positive number, but is {args.union_epsilon}")
-    predictions, references = files.read_pair(
-        args.predictions, args.references, run_lengths.parse, run_lengths.parse
-    )
+    predictions, references = files.read_pair(args.predictions, args.references, run_lengths.parse, run_lengths.parse)
     overlaps, problems = [], []
     for name, true in references.items():
         try:
@@ -231,9 +225,7 @@ def _print_json(value: Any) -> int:
     return 0
 
 
-def _print_table(
-    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
-) -> None:
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -21,9 +21,7 @@ LONGEST_FILE = 450
 
 # Folders of one machine only; paths in examples start with /data or gs://, or are relative.
 MACHINE_PATH = re.compile(
-    r"(?<![\w./-])/(?:"
-    + "|".join(("home", "Users", "work", "opt", "mnt", "root", "tmp", "scratch"))
-    + r")/[\w.]"
+    r"(?<![\w./-])/(?:" + "|".join(("home", "Users", "work", "opt", "mnt", "root", "tmp", "scratch")) + r")/[\w.]"
 )
 
 

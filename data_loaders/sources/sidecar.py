@@ -113,10 +113,10 @@ def _encode_part(part: Part) -> dict:
         return {"box": part.box.tolist()}
     if isinstance(part, MaskPart):
         return {"masks": encode_masks(part.mask)}
-    return {
-        "trace": part.points.tolist(),
-        "words": [[word.text, word.start, word.end] for word in part.words],
-    }
+    if isinstance(part, TracePart):
+        words = [[word.text, word.start, word.end] for word in part.words]
+        return {"trace": part.points.tolist(), "words": words}
+    raise TypeError(f"a question cannot hold a {type(part).__name__}")
 
 
 def _decode_part(value: dict) -> Part:

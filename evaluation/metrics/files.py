@@ -180,9 +180,7 @@ def _refusal_of_row(row: Any, columns: int | None) -> str | None:
         if isinstance(number, float) and not math.isfinite(number):
             return f"holds {number}, which is not a finite number"
         if not 0 <= number <= 1:
-            return (
-                f"holds {str(number)[:20]}, outside [0, 1]: divide x by the picture's width, y by its height"
-            )
+            return f"holds {str(number)[:20]}, outside [0, 1]: divide x by the picture's width, y by its height"
     if len(row) >= 4 and (row[2] < row[0] or row[3] < row[1]):
         low, high, axis = (row[0], row[2], "x") if row[2] < row[0] else (row[1], row[3], "y")
         return f"is reversed: {axis}2 = {high:.6g} is less than {axis}1 = {low:.6g}"

@@ -90,9 +90,7 @@ def trace_lbm(prediction: ArrayLike, truth: ArrayLike, window: int = 0) -> float
         raise ValueError("LBM is undefined for an empty prediction")
     shorter, longer = (predicted, true) if len(predicted) <= len(true) else (true, predicted)
     start, stop = row_windows(len(shorter), len(longer), window)
-    matched = (
-        _cheapest(shorter, longer, start, stop) if window == 0 else _assigned(shorter, longer, start, stop)
-    )
+    matched = _cheapest(shorter, longer, start, stop) if window == 0 else _assigned(shorter, longer, start, stop)
     segment_starts = np.arange(0, len(shorter), SEGMENT_LENGTH)
     segment_lengths = np.minimum(SEGMENT_LENGTH, len(shorter) - segment_starts)
     return float(np.mean(np.add.reduceat(matched, segment_starts) / segment_lengths))

@@ -33,9 +33,7 @@ def areas(
     return (predicted & true).sum(axis=(-2, -1)), (predicted | true).sum(axis=(-2, -1))
 
 
-def iou(
-    intersections: Int[Any, "*n"], unions: Int[Any, "*n"], union_epsilon: float = 0.0
-) -> Float[Any, "*n"]:
+def iou(intersections: Int[Any, "*n"], unions: Int[Any, "*n"], union_epsilon: float = 0.0) -> Float[Any, "*n"]:
     """IoU of each sample: 1 where the union is empty, else intersection / (union + union_epsilon)."""
     xp = unions.__array_namespace__()
     empty = unions == 0

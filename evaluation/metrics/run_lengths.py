@@ -51,9 +51,7 @@ def parse(mask: Any) -> RunLengths:
         raise ValueError('"counts" does not decode: it holds a negative run')
     total = int(lengths.sum())
     if total != height * width:
-        raise ValueError(
-            f'"counts" covers {total} pixels, but "size" {height} x {width} has {height * width}'
-        )
+        raise ValueError(f'"counts" covers {total} pixels, but "size" {height} x {width} has {height * width}')
     return RunLengths(height, width, np.cumsum(lengths))
 
 

@@ -34,8 +34,7 @@ PUBLISHED = {
 @pytest.fixture
 def published_captions(shared_data):
     lines = {
-        name: (shared_data / "captions" / f"{name}.txt").read_text().splitlines()
-        for name in ("hyp", "ref1", "ref2")
+        name: (shared_data / "captions" / f"{name}.txt").read_text().splitlines() for name in ("hyp", "ref1", "ref2")
     }
     predictions = {str(number): text for number, text in enumerate(lines["hyp"])}
     pairs = zip(lines["ref1"], lines["ref2"], strict=True)
@@ -113,9 +112,7 @@ def test_ptb_drops_punctuation_keeps_lines_and_splits_contractions():
 
 @needs_java
 def test_meteor_runs_on_captions_made_here_empty_ones_included():
-    assert (
-        java_programs.meteor(["a dog runs", "", "x ||| y"], [["a dog runs"], ["a", ""], ["x y"]], 300.0) > 0.5
-    )
+    assert java_programs.meteor(["a dog runs", "", "x ||| y"], [["a dog runs"], ["a", ""], ["x y"]], 300.0) > 0.5
 
 
 @given(st.lists(st.text(max_size=30), max_size=5))

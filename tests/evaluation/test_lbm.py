@@ -55,9 +55,7 @@ def test_boxes_that_compete_for_one_column_have_the_linear_programs_value():
     """Rows that all prefer one column: taking each row's cheapest would be wrong from k = 1 on."""
     prediction, truth = np.full((4, 4), 0.5), np.zeros((4, 4))
     truth[1] = 0.5
-    assert trace_lbm(prediction, truth, 1) == pytest.approx(
-        lbm_by_linear_programs(prediction, truth, 1), abs=1e-9
-    )
+    assert trace_lbm(prediction, truth, 1) == pytest.approx(lbm_by_linear_programs(prediction, truth, 1), abs=1e-9)
     assert trace_lbm(prediction, truth, 1) == pytest.approx(3 * 0.5 / 4)
 
 
@@ -98,12 +96,8 @@ def test_placeholders_are_dropped_from_the_truth_and_not_from_the_prediction():
     truth = [(0.1, 0.1, 0.3, 0.3, 0.04), (0, 0, 1, 1, 1)]
     assert without_placeholders(truth).shape == (1, 5)
     assert trace_lbm([(0.1, 0.1, 0.3, 0.3)], truth) == 0
-    assert trace_lbm([(0, 0, 1, 1, 1)], [(0.1, 0.1, 0.3, 0.3, 0.04)]) == pytest.approx(
-        (0.1 + 0.1 + 0.7 + 0.7) / 4
-    )
-    assert trace_lbm([(0.1, 0.1, 0.3, 0.3)], [(0, 0, 1, 1)]) > 0, (
-        "four numbers: a true box of the whole picture"
-    )
+    assert trace_lbm([(0, 0, 1, 1, 1)], [(0.1, 0.1, 0.3, 0.3, 0.04)]) == pytest.approx((0.1 + 0.1 + 0.7 + 0.7) / 4)
+    assert trace_lbm([(0.1, 0.1, 0.3, 0.3)], [(0, 0, 1, 1)]) > 0, "four numbers: a true box of the whole picture"
 
 
 def test_the_drop_of_placeholders_can_change_which_list_is_shorter(rng):

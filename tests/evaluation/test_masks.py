@@ -86,9 +86,7 @@ def test_large_masks_have_cocos_areas(rng):
     rows, columns = np.mgrid[:300, :400]
     for _ in range(10):
         centre, radius = rng.uniform(50, 250, (2, 2)), rng.uniform(20, 140, 2)
-        masks = [
-            (rows - y) ** 2 + (columns - x) ** 2 < r**2 for (x, y), r in zip(centre, radius, strict=True)
-        ]
+        masks = [(rows - y) ** 2 + (columns - x) ** 2 < r**2 for (x, y), r in zip(centre, radius, strict=True)]
         encoded = [packed(mask) for mask in masks]
         both = coco.area(coco.merge(encoded, intersect=True))
         either = coco.area(coco.merge(encoded))
@@ -147,9 +145,7 @@ def test_masks_of_different_sizes_are_refused():
 
 def test_the_jitted_form_agrees(rng):
     predicted, true, valid = rng.random((3, 5, 7, 16, 9)) < 0.5
-    intersections, unions = on_device.mask_areas(
-        jnp.asarray(predicted), jnp.asarray(true), jnp.asarray(valid)
-    )
+    intersections, unions = on_device.mask_areas(jnp.asarray(predicted), jnp.asarray(true), jnp.asarray(valid))
     expected = areas(predicted, true, valid)
     assert (intersections == expected[0]).all() and (unions == expected[1]).all()
     for epsilon in (0.0, LISA_UNION_EPSILON):

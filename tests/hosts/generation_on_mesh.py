@@ -39,9 +39,7 @@ def generate(data: int, tensor: int) -> dict:
 
     generator._prefill = watched
     settings = sampling_settings(4, [0.0, 0.0, 1.0, 1.0], top_p=0.9)
-    parts = generator.stream(
-        params, embeddings, positions, lengths, every=5, max_new_tokens=12, settings=settings
-    )
+    parts = generator.stream(params, embeddings, positions, lengths, every=5, max_new_tokens=12, settings=settings)
     *_, last = parts
     assert last.result is not None
     return {

@@ -114,9 +114,7 @@ def random_visual(
 ) -> Visual:
     """Noise of `frames` temporal patches and (rows, cols) patches; a still repeats its picture in time."""
     v = config.vision
-    pixels = rng.standard_normal((frames * v.temporal_patch, rows * v.patch, cols * v.patch, 3)).astype(
-        np.float32
-    )
+    pixels = rng.standard_normal((frames * v.temporal_patch, rows * v.patch, cols * v.patch, 3)).astype(np.float32)
     if seconds is None:
         pixels = np.repeat(pixels[:1], v.temporal_patch, axis=0)
     return Visual(pixels, seconds)
@@ -173,9 +171,7 @@ class Prompt:
         ):
             cut = [block_major_patches(x.pixels, self.config) for x in self.visuals if x.video == video]
             if cut:
-                arguments[pixel_name] = torch.tensor(np.concatenate([patches for patches, _ in cut])).to(
-                    dtype
-                )
+                arguments[pixel_name] = torch.tensor(np.concatenate([patches for patches, _ in cut])).to(dtype)
                 arguments[grid_name] = torch.tensor([grid for _, grid in cut])
         seconds = [x.seconds_per_frame for x in self.visuals if x.seconds_per_frame is not None]
         if seconds:
@@ -183,9 +179,7 @@ class Prompt:
         return arguments
 
 
-def make_prompt(
-    rng: np.random.Generator, config: Qwen25VLConfig, visuals: Sequence[Visual], text: int
-) -> Prompt:
+def make_prompt(rng: np.random.Generator, config: Qwen25VLConfig, visuals: Sequence[Visual], text: int) -> Prompt:
     """`text` random tokens before, between and after the visuals."""
     v = config.vision
     pieces = [rng.integers(1, 280, text)]

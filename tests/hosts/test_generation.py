@@ -140,9 +140,7 @@ def test_greedy_tokens_of_a_padded_batch_are_those_of_transformers_prompt_by_pro
         np.testing.assert_array_equal(np.asarray(result.tokens)[row, : len(answer)], answer)
         assert not np.asarray(result.tokens)[row, len(answer) :].any()
         assert result.answers()[row] == [token for token in answer if token not in END]
-        np.testing.assert_allclose(
-            np.asarray(result.log_probabilities)[row, : len(answer)], scores[row], atol=2e-5
-        )
+        np.testing.assert_allclose(np.asarray(result.log_probabilities)[row, : len(answer)], scores[row], atol=2e-5)
 
 
 def test_tokens_and_hidden_states_are_those_of_the_uncached_forward_after_a_picture() -> None:
@@ -163,12 +161,8 @@ def test_tokens_and_hidden_states_are_those_of_the_uncached_forward_after_a_pict
         whole = jnp.concatenate(
             [embeddings[row : row + 1, :length], t.model.apply(variables, answer, method="embed")], axis=1
         )
-        places = np.concatenate(
-            [positions[row, :length], np.repeat(following + np.arange(count)[:, None], 3, axis=1)]
-        )
-        hidden, _ = t.model.apply(
-            variables, whole, jnp.asarray(places[None]), jnp.ones(whole.shape[:2], jnp.int32)
-        )
+        places = np.concatenate([positions[row, :length], np.repeat(following + np.arange(count)[:, None], 3, axis=1)])
+        hidden, _ = t.model.apply(variables, whole, jnp.asarray(places[None]), jnp.ones(whole.shape[:2], jnp.int32))
         logits = np.asarray(t.model.apply(variables, hidden, method="logits"))[0]
         np.testing.assert_array_equal(logits[length - 1 : -1].argmax(-1), answer[0])
         kept = np.asarray(result.hidden)[row]
@@ -278,9 +272,7 @@ def test_every_row_stops_at_its_own_budget_and_a_padding_row_writes_nothing() ->
 
 def test_the_loop_ends_with_the_last_row() -> None:
     t = tiny()
-    part = next(
-        t.generator.stream(t.params, *t.prompts([5], 24), max_new_tokens=16, force=[7, END[0]], every=16)
-    )
+    part = next(t.generator.stream(t.params, *t.prompts([5], 24), max_new_tokens=16, force=[7, END[0]], every=16))
     assert part.tokens == [[7]] and part.result is not None
     assert part.result.finish[0] == ENDED != RUNNING
     assert np.asarray(part.result.tokens)[0].tolist() == [7, END[0], *[0] * 14]

@@ -144,9 +144,7 @@ def test_every_answer_drawn_from_random_logits_parses_at_every_budget(style: str
     for answer, budget in zip(answers, budgets, strict=True):
         assert len(answer) <= budget
         kinds += structures(vocabulary, answer, max_points=5)
-    counts = {
-        kind: kinds.count(kind) for kind in ("<traj>", "<|box_start|>", "[SEG]", "<|object_ref_start|>")
-    }
+    counts = {kind: kinds.count(kind) for kind in ("<traj>", "<|box_start|>", "[SEG]", "<|object_ref_start|>")}
     assert min(counts.values()) > 50, counts
 
 

@@ -119,13 +119,9 @@ def greedy_tokens(host: Qwen25VL, params, inputs, lengths, offsets, size: int) -
     rows = jnp.arange(len(lengths))
     units, _ = run(params, inputs["patches"], inputs["grid"], method="encode_vision")
     features = units.reshape(units.shape[0], -1, units.shape[-1])
-    embeddings = place_features(
-        run(params, inputs["tokens"], method="embed"), features, inputs["visual_index"]
-    )
+    embeddings = place_features(run(params, inputs["tokens"], method="embed"), features, inputs["visual_index"])
     cache = init_cache(config, len(lengths), size)
-    hidden, cache = run(
-        params, embeddings, inputs["positions"], inputs["segments"], cache, True, method="run"
-    )
+    hidden, cache = run(params, embeddings, inputs["positions"], inputs["segments"], cache, True, method="run")
     first = run(params, hidden[rows, lengths - 1], method="logits").argmax(-1)
     out = jnp.zeros((len(lengths), NEW_TOKENS), jnp.int32).at[:, 0].set(first)
 
@@ -133,9 +129,7 @@ def greedy_tokens(host: Qwen25VL, params, inputs, lengths, offsets, size: int) -
         number, out, cache = state
         embedding = run(params, out[:, number - 1][:, None], method="embed")
         place = jnp.broadcast_to((cache.lengths + offsets)[:, None, None], (len(lengths), 1, 3))
-        hidden, cache = run(
-            params, embedding, place, jnp.ones((len(lengths), 1), jnp.int32), cache, method="run"
-        )
+        hidden, cache = run(params, embedding, place, jnp.ones((len(lengths), 1), jnp.int32), cache, method="run")
         token = run(params, hidden[:, 0], method="logits").argmax(-1)
         return number + 1, out.at[:, number].set(token), cache
 
@@ -187,10 +181,7 @@ def test_every_tensor_moves_both_models_alike():
             # Biases by more than their own size: those of keys act through the rotation alone.
             parameter.add_(0.5 * noise * (1.0 if name.endswith("bias") else saved.std()))
             theirs = numpy_of(both.reference(**arguments).logits[0]) - theirs_before
-            ours = (
-                np.asarray(apply({"params": params_of(both.reference, both.config)}, **inputs))[0]
-                - ours_before
-            )
+            ours = np.asarray(apply({"params": params_of(both.reference, both.config)}, **inputs))[0] - ours_before
             parameter.copy_(saved)
             found[name] = error(ours, theirs)
             assert np.linalg.norm(theirs) > 1e-3 * np.linalg.norm(theirs_before), f"{name} does not matter"

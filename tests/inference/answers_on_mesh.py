@@ -8,7 +8,7 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
 
 from tests.inference import tiny
-from tests.inference.test_engine import ROOMY, forced_masks
+from tests.inference.tiny import ROOMY, forced_masks
 from tracevision_jax.inference.engine import Engine
 from tracevision_jax.parallel.mesh import MeshConfig, make_mesh
 from tracevision_jax.parallel.rules import PARAMETERS, shard_params

@@ -12,27 +12,20 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.inference import tiny
+from tests.inference.tiny import ROOMY, forced_masks
 from tracevision_jax.errors import UserError
+from tracevision_jax.inference.attention import block_attention
 from tracevision_jax.inference.engine import Engine, Sampling, bucket_of, bucket_size
 from tracevision_jax.records.batch import Bucket
 from tracevision_jax.records.collate import collate
 from tracevision_jax.records.sample import Conversation, MaskPart, Turn
 from tracevision_jax.systems.tracevision import TraceVisionModel
-
-ROOMY = Bucket(tokens=160, frames=3, windows=4, conversations=9, points=8, masks=5)
-"""Holds every prompt of `unlike_pieces`, with padding on every axis."""
+from tracevision_jax.vision.raster import unit_centres
 
 
 @pytest.fixture(scope="module")
 def roomy() -> Engine:
     return Engine(tiny.system().config, tiny.params(), tiny.vocabulary(), buckets=[ROOMY])
-
-
-def forced_masks() -> list[list[int]]:
-    """Each prompt's answer begins with none, one or two masks."""
-    words = tiny.vocabulary()
-    mask = [words.seg, *words.slots]
-    return [[], mask, words.encode("the star") + mask, [*mask, *words.encode(" and "), *mask], mask, []]
 
 
 def assert_same(ours, theirs, tolerance: float = 2e-5) -> None:
@@ -131,24 +124,24 @@ def test_attention_maps_are_shares_over_the_picture(roomy):
     np.testing.assert_allclose(blocks[1].vision_to_trace, alone[1].vision_to_trace, atol=1e-5)
 
 
-def test_attention_rises_where_the_points_are(roomy):
-    """Rows and columns of the maps are the picture's: with position alone, a corner's point looks at its corner."""
-    params = jax.tree.map(np.asarray, tiny.params())
-    for name in ("block_0", "block_1"):
-        refine = params["tvp"][name]["refine"]
-        for part in ("q", "k"):
-            refine[part] = {"kernel": 0 * refine[part]["kernel"]}
-        # One head's worth of the identity, so that equal places have the largest product.
-        kernel = refine["place"]["kernel"]
-        refine["place"] = {"kernel": 8 * np.eye(len(kernel), kernel[0].size, dtype=np.float32).reshape(kernel.shape)}
-    engine = Engine(tiny.system().config, params, tiny.vocabulary(), buckets=[ROOMY])
-    piece = tiny.piece(3, height=24, width=32, points=2)
-    piece.conversations[0].points[:, :2] = [[0.9, 0.1], [0.1, 0.9]]
-    maps = engine.attention(piece)[0].vision_to_trace
-    assert maps is not None
-    towards = maps[0, :, 0]
-    assert np.unravel_index(towards[0].argmax(), towards[0].shape) == (0, towards.shape[2] - 1)
-    assert np.unravel_index(towards[1].argmax(), towards[1].shape) == (towards.shape[1] - 1, 0)
+def test_attention_maps_lie_over_the_picture_as_its_units_do():
+    """Weights that tell a unit's own place, in window order and padded, come back in rows and columns."""
+    piece = tiny.piece(4, "the star", points=2, frames=4, height=16, width=24)
+    (rows, columns), frames, windows = (piece.grid[0] // 2).tolist(), len(piece.grid) + 1, piece.patches.shape[1] + 2
+    grid = np.concatenate([piece.grid, np.zeros((1, 2), np.int32)])[None]
+    centres, _ = (np.asarray(x) for x in unit_centres(grid, windows, 2, 2))
+    places = np.arange(frames)[:, None] * 100 + centres[0] @ [columns, 10 * rows]  # frame, column, row in one number
+    weights = np.zeros((3, 4, 5, places.size), np.float32)  # rows of the batch, heads, points, units
+    weights[0] = places.reshape(-1) + 1000 * np.arange(5)[:, None]
+    maps = [{"vision_to_trace": weights, "trace_to_vision": weights.swapaxes(-1, -2)}, {"trace_to_vision": weights.mT}]
+    first, second = block_attention(maps, piece, places.shape[1], tiny.system().config.processor.vision)
+    point, frame, row, column = np.ogrid[:2, : len(piece.grid), :rows, :columns]
+    expected = 1000 * point + 100 * frame + 10 * (row + 0.5) + column + 0.5
+    for read in (first.vision_to_trace, first.trace_to_vision, second.trace_to_vision):
+        assert read is not None and read.shape == (4, 2, len(piece.grid), rows, columns)
+        np.testing.assert_allclose(read, np.broadcast_to(expected, read.shape), rtol=1e-5)
+    assert second.vision_to_trace is None
+    np.testing.assert_array_equal(second.over_image, second.trace_to_vision.mean(axis=(0, 1)))
 
 
 def test_buckets_waste_at_most_a_quarter():

@@ -63,9 +63,7 @@ def test_pictures_of_any_size_are_shown_at_a_readable_one(shape):
 
 def test_the_callers_picture_is_not_changed():
     image = GREY.copy()
-    draw_boxes(
-        overlay_masks(draw_trace(image, LINE), np.ones((1, 4, 4), bool)), np.array([[0.1, 0.1, 0.9, 0.9]])
-    )
+    draw_boxes(overlay_masks(draw_trace(image, LINE), np.ones((1, 4, 4), bool)), np.array([[0.1, 0.1, 0.9, 0.9]]))
     assert (image == GREY).all()
 
 
@@ -245,9 +243,7 @@ def test_the_simplification_figure_shows_both_sides_in_the_colours_of_importance
     t = np.linspace(0, 4, 80)
     points = np.column_stack([0.1 + 0.2 * t, 0.5 + 0.1 * np.sin(6 * t), t])
     windows = np.array([[0.0, 1.9], [2.0, 4.0]])
-    figure = np.asarray(simplification_figure(GREY, points, points[::8], caption, phrases, windows)).astype(
-        int
-    )
+    figure = np.asarray(simplification_figure(GREY, points, points[::8], caption, phrases, windows)).astype(int)
     picture_rows = figure[60:600]
     left, right = picture_rows[:, : figure.shape[1] // 2], picture_rows[:, figure.shape[1] // 2 :]
 

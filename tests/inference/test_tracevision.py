@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.inference import tiny
-from tests.inference.test_engine import ROOMY
+from tests.inference.tiny import ROOMY
 from tracevision_jax.errors import UserError
 from tracevision_jax.inference.engine import Sampling
 from tracevision_jax.inference.rendering import draw_answer, draw_attention, frame_indices

@@ -1,6 +1,7 @@
 """A TraceVision so small that it compiles in seconds, with drawn parameters, and samples for it."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
 from tracevision_jax.inference.engine import Engine
 from tracevision_jax.language.config import LanguageConfig
+from tracevision_jax.records.batch import Bucket
 from tracevision_jax.records.processor import Piece, Processor
 from tracevision_jax.records.sample import Conversation, Sample, TracePart, Turn
 from tracevision_jax.records.simplification import Simplification
@@ -17,6 +19,8 @@ from tracevision_jax.systems.tracevision import TraceVision, tracevision_config
 from tracevision_jax.vision.config import QwenVisionConfig
 from tracevision_jax.vision.preprocess import VisionInputConfig
 
+ROOMY = Bucket(tokens=160, frames=3, windows=4, conversations=9, points=8, masks=5)
+"""Holds every prompt of `unlike_pieces`, with padding on every axis."""
 WORDS = "a red circle and the blue square near a green star . Describe what it rests on ? user assistant system"
 
 
@@ -76,9 +80,9 @@ def params():
         if name == "scale":
             return 1 + 0.3 * noise
         if name != "kernel":
-            return noise / np.sqrt(leaf.shape[-1]) if name in ("embedding", "head") else 0.1 * noise
+            return noise / leaf.shape[-1] ** 0.5 if name in ("embedding", "head") else 0.1 * noise
         inputs = {"q": (-3,), "k": (-3,), "v": (-3,), "place": (-3,), "qkv": (-4,), "o": (-3, -2), "proj": (-3, -2)}
-        return noise / np.sqrt(np.prod([leaf.shape[axis] for axis in inputs.get(module, (-2,))]))
+        return noise / math.prod(leaf.shape[axis] for axis in inputs.get(module, (-2,))) ** 0.5
 
     shapes = jax.eval_shape(system().init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -125,3 +129,10 @@ def unlike_pieces() -> list[Piece]:
         piece(4, "the star", points=2, frames=4, height=16, width=24),
         piece(5, "", height=20, width=12, points=1),
     ]
+
+
+def forced_masks() -> list[list[int]]:
+    """Each prompt's answer begins with none, one or two masks."""
+    words = vocabulary()
+    mask = [words.seg, *words.slots]
+    return [[], mask, words.encode("the star") + mask, [*mask, *words.encode(" and "), *mask], mask, []]

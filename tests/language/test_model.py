@@ -19,9 +19,7 @@ CONFIG = LanguageConfig(40, 32, 2, 4, 2, 8, 48, mrope_sections=(1, 1, 2), added_
 def model(config=CONFIG):
     """A module, its drawn parameters, and compiled `embed`, layers and `logits`."""
     module = LanguageModel(config)
-    params = jax.jit(
-        lambda: module.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), method="initialise")
-    )()
+    params = jax.jit(lambda: module.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), method="initialise"))()
     run = jax.jit(module.apply, static_argnums=5)
     return module, params, run
 
@@ -57,9 +55,7 @@ def test_cached_decoding_of_uneven_rows_equals_the_whole_sequence(fresh):
     cache = init_cache(CONFIG, 2, 12)
     hidden, cache = run(params, embeddings[:, :6], positions[:, :6], segments, cache, fresh)
     for row in range(2):
-        np.testing.assert_allclose(
-            hidden[row, : lengths[row]], whole[row, : lengths[row]], rtol=2e-5, atol=2e-6
-        )
+        np.testing.assert_allclose(hidden[row, : lengths[row]], whole[row, : lengths[row]], rtol=2e-5, atol=2e-6)
     rows = np.arange(2)[:, None]
     for step in (2, 1, 2):  # several tokens in one call, and single ones
         places = lengths[:, None] + np.arange(step)
@@ -120,12 +116,8 @@ def test_every_remat_policy_gives_the_same_gradients():
 
     def gradients(remat):
         other = LanguageModel(replace(CONFIG, remat=remat))
-        return jax.jit(jax.grad(lambda p: jnp.square(other.apply(p, tokens, method="initialise")).mean()))(
-            params
-        )
+        return jax.jit(jax.grad(lambda p: jnp.square(other.apply(p, tokens, method="initialise")).mean()))(params)
 
     plain = gradients("none")
     for remat in ("full", "dots"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients(remat), plain
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients(remat), plain)

@@ -128,9 +128,7 @@ def test_version_names_the_package_and_jax():
     assert re.match(r"tracevision-jax (\d|not installed).*\(jax \d+\.\d+.*, Python 3\.\d+", done.stdout)
 
 
-@pytest.mark.parametrize(
-    ("word", "nearest"), [("trian", "'train'"), ("evalute", "'evaluate'"), ("--hlep", "'--help'")]
-)
+@pytest.mark.parametrize(("word", "nearest"), [("trian", "'train'"), ("evalute", "'evaluate'"), ("--hlep", "'--help'")])
 def test_an_unknown_command_suggests_the_nearest(word, nearest, capsys):
     assert cli.main([word]) == 2
     out, err = capsys.readouterr()

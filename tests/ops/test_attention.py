@@ -61,9 +61,7 @@ def test_a_bias_may_be_shared_by_all_heads(rng, bias_heads):
     q, k, v = draw(rng)
     bias = rng.standard_normal((1, bias_heads, 6, 6)).astype(np.float32)
     everything = np.ones((2, 6, 6), bool)
-    np.testing.assert_allclose(
-        attention(q, k, v, bias=jnp.asarray(bias)), plain(q, k, v, everything, bias), atol=2e-6
-    )
+    np.testing.assert_allclose(attention(q, k, v, bias=jnp.asarray(bias)), plain(q, k, v, everything, bias), atol=2e-6)
 
 
 def test_rows_that_see_no_key_give_zero_and_finite_gradients(rng):
@@ -128,9 +126,7 @@ def test_splash_equals_the_reference_with_its_gradients(rng, causal):
 
     def result_and_gradients(run):
         def loss(q, k, v):
-            mixed = run(
-                AttentionCall(q, k, v, 0.25, q_segments=segments, kv_segments=segments, causal=causal)
-            )
+            mixed = run(AttentionCall(q, k, v, 0.25, q_segments=segments, kv_segments=segments, causal=causal))
             return (mixed * target).sum(), mixed
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)

@@ -18,9 +18,7 @@ def test_products_of_rotated_vectors_depend_on_position_differences_alone(rng):
     frequencies = multimodal_frequencies(8, 100.0, (1, 2, 1))
 
     def product(at, to):
-        turned = [
-            apply_rotary(x, axial_angles(jnp.array([place]), frequencies)) for x, place in ((q, at), (k, to))
-        ]
+        turned = [apply_rotary(x, axial_angles(jnp.array([place]), frequencies)) for x, place in ((q, at), (k, to))]
         return float((turned[0] * turned[1]).sum())
 
     assert product((3, 5, 2), (1, 9, 2)) == pytest.approx(product((13, 1, 7), (11, 5, 7)), abs=1e-5)

@@ -38,9 +38,7 @@ def simplify_naively(points, windows, importances, size, base_epsilon_px=5.0):
     places = [(x * width, y * height) for x, y, _ in rows]
 
     def owner(time):
-        held = (
-            i for i, window in enumerate(windows) if window is not None and window[0] <= time <= window[1]
-        )
+        held = (i for i, window in enumerate(windows) if window is not None and window[0] <= time <= window[1])
         return next(held, -1)
 
     owners = [owner(row[2]) for row in rows]

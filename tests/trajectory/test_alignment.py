@@ -108,9 +108,7 @@ def test_another_word_in_the_same_place_does_not_match():
 
 def test_words_written_together_or_apart_match():
     assert starts("some grass land there", timed("some", "grassland", "there")) == [0, 1, 1, 2]
-    windows = [
-        word.window for word in align_words("some grassland there", timed("some", "grass", "land", "there"))
-    ]
+    windows = [word.window for word in align_words("some grassland there", timed("some", "grass", "land", "there"))]
     assert windows == [(0, 1), (1, 3), (3, 4)]
     assert starts("a t-shirt", timed("a", "t shirt")) == [0, 1, 1]
 

@@ -109,9 +109,7 @@ def test_malformed_json_traces_are_refused_with_their_reason(value, reason):
         trace_from_json(value)
 
 
-numbers = st.one_of(
-    st.floats(), st.floats(-1, 2), st.integers(-3, 3), st.none(), st.text(max_size=2), st.booleans()
-)
+numbers = st.one_of(st.floats(), st.floats(-1, 2), st.integers(-3, 3), st.none(), st.text(max_size=2), st.booleans())
 
 
 @given(st.lists(st.lists(numbers, max_size=4), max_size=6))

@@ -83,9 +83,7 @@ def test_other_scripts_and_emoji_are_phrases_too():
     assert scores("🐶 runs") == [("🐶 runs", 4)]
 
 
-@given(
-    st.one_of(st.text(max_size=80), st.lists(st.sampled_from(NARRATIVE.split()), max_size=60).map(" ".join))
-)
+@given(st.one_of(st.text(max_size=80), st.lists(st.sampled_from(NARRATIVE.split()), max_size=60).map(" ".join)))
 def test_phrases_of_any_caption_are_ordered_disjoint_and_inside_it(caption):
     phrases = RubricPhrases().phrases(caption)
     check_phrases(caption, phrases)
@@ -155,9 +153,9 @@ def test_a_file_gives_phrases_by_caption_and_by_id(tmp_path):
 
 def test_places_in_a_file_are_taken_as_given(tmp_path):
     entry = [{"text": "dog", "importance": 5, "start_char": 6, "end_char": 9}]
-    assert FilePhrases(write(tmp_path, {"a dog dog": entry[:0], "a dog,dog": entry})).phrases(
-        "a dog,dog"
-    ) == [Phrase("dog", 6, 9, 5)]
+    assert FilePhrases(write(tmp_path, {"a dog dog": entry[:0], "a dog,dog": entry})).phrases("a dog,dog") == [
+        Phrase("dog", 6, 9, 5)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -235,9 +235,7 @@ def test_a_hundred_thousand_points_take_seconds_and_no_recursion():
 
 
 def test_a_thousand_traces_of_400_points_take_at_most_a_second_of_one_core(rng):
-    caption = (
-        "In the center there is a man holding a red ball, on the right a dog, and trees in the background."
-    )
+    caption = "In the center there is a man holding a red ball, on the right a dog, and trees in the background."
     words = [TimedWord(word, i * 0.3, i * 0.3 + 0.3) for i, word in enumerate(caption.split())]
     traces = []
     for _ in range(500):

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from tracevision_jax.vision.preprocess import (
     video_size,
 )
 
-PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "images"
 CONFIG = VisionInputConfig()
 
 
@@ -53,10 +51,9 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the real photographs (../shared/data) are not here")
 @pytest.mark.parametrize("name", ["truck.jpg", "groceries.jpg", "example_image.jpg"])
-def test_a_real_photograph_gives_the_same_floats_as_the_reference(name):
-    with Image.open(PHOTOGRAPHS / name) as image:
+def test_a_real_photograph_gives_the_same_floats_as_the_reference(shared_data, name):
+    with Image.open(shared_data / "images" / name) as image:
         assert_equals_reference(image, VisionInputConfig(max_pixels=500 * 28 * 28))
 
 

@@ -128,9 +128,9 @@ def test_the_tower_equals_the_reference_on_odd_sizes(rng, name):
         )
     ready = pack([make_prompt(rng, config, visuals, 1)], extra_frames=1, extra_windows=3)
     groups = tuple(range(1, v.groups + 1))
-    units, hidden = jax.jit(
-        lambda patches, grid: VisionTower(v).apply({"params": params}, patches, grid, groups)
-    )(ready["patches"], ready["grid"])
+    units, hidden = jax.jit(lambda patches, grid: VisionTower(v).apply({"params": params}, patches, grid, groups))(
+        ready["patches"], ready["grid"]
+    )
 
     def in_raster_order(values, places_of, scale):
         frames = []
@@ -180,9 +180,7 @@ def own_units(units, grid, config):
     for frame, (height, width) in enumerate(np.asarray(grid[0])):
         row, col = np.mgrid[: height // config.merge, : width // config.merge]
         rows.append(
-            np.asarray(units)[0, frame][
-                raster_units(row, col, width, config.window_units, config.merge).reshape(-1)
-            ]
+            np.asarray(units)[0, frame][raster_units(row, col, width, config.window_units, config.merge).reshape(-1)]
         )
     return np.concatenate(rows)
 
@@ -193,9 +191,7 @@ def test_more_windows_and_frames_never_change_a_unit():
     longer = jnp.pad(grid, ((0, 0), (0, 2), (0, 0)))
     units, _ = apply(params, patches, grid)
     padded, _ = apply(params, more, longer)
-    np.testing.assert_allclose(
-        own_units(padded, grid, SMALL), own_units(units, grid, SMALL), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(own_units(padded, grid, SMALL), own_units(units, grid, SMALL), rtol=1e-5, atol=1e-6)
 
 
 def test_frames_do_not_see_each_other_but_see_all_of_themselves():

@@ -1,6 +1,7 @@
 """To our format and back: the same bytes, everything checked first, hashes, damaged and foreign checkpoints."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -164,6 +165,8 @@ def test_places_that_would_destroy_the_source_are_refused(tmp_path):
         with pytest.raises(UserError, match=r"within each other|not empty|no checkpoint"):
             check_places(tmp_path / "in", tmp_path / target, overwrite=True)
     check_places(tmp_path / "in", tmp_path / "out", overwrite=False)
+    with pytest.raises(UserError, match="no local directory"):
+        check_places(tmp_path / "in", Path("gs://bucket/out"), overwrite=False)
 
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path):

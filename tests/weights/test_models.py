@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import Qwen2_5_VLForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.hosts.qwen25vl_reference import RELEASED_LAYOUT
@@ -23,6 +26,14 @@ from tracevision_jax.weights.families import load_host
 ADDED = 9
 
 
+def write_tokenizer(folder) -> None:
+    """A tokenizer of a few words, as `transformers` saves one."""
+    words = ["[UNK]", "two", "pictures", "the", "video", "and", "where", "it", "happens"]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+
+
 def write_model(folder, host, params) -> None:
     """A trained model of which only the host and one other parameter are there, with its tokenizer's folder."""
     vision = VisionInputConfig(min_pixels=2048, max_pixels=50_000)
@@ -32,7 +43,7 @@ def write_model(folder, host, params) -> None:
         folder,
         {"system": "tracevision", "model": to_json(system)},
         {"host": params, "tvp": {"scale": jnp.zeros(3)}},
-        {"tokenizer": lambda place: (place / "tokenizer.json").write_text("{}")},
+        {"tokenizer": write_tokenizer},
     )
 
 
@@ -84,7 +95,7 @@ def test_the_host_of_a_trained_model_becomes_a_hugging_face_directory(trained, t
         np.testing.assert_array_equal(found[name], array, err_msg=name)
     assert found["lm_head.weight"].shape == (300 + ADDED, 64)
     np.testing.assert_array_equal(found["lm_head.weight"][300:], params["language"]["added"]["head"])
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the video")["input_ids"] == [3, 4]
     processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "out")
     assert (processor.patch_size, dict(processor.size)) == (4, {"shortest_edge": 2048, "longest_edge": 50_000})
 
@@ -92,10 +103,11 @@ def test_the_host_of_a_trained_model_becomes_a_hugging_face_directory(trained, t
 def test_damaged_models_and_other_systems_are_refused(trained, tmp_path):
     folder, config, _ = trained
     file = folder / "model" / "tokenizer" / "tokenizer.json"
-    file.write_text("{ }")
+    content = file.read_text()
+    file.write_text(content + " ")
     with pytest.raises(UserError, match=r"(?s)damaged.*tokenizer\.json"):
         model_to_hugging_face(folder / "model", tmp_path / "out")
-    file.write_text("{}")
+    file.write_text(content)
     model_directory.save_model(tmp_path / "other", {"system": "sjtu"}, {"x": jnp.zeros(1)})
     with pytest.raises(UserError, match="'sjtu'"):
         model_to_hugging_face(tmp_path / "other", tmp_path / "out")

@@ -10,13 +10,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.weights.hashes import sha256
 from tracevision_jax.weights.safetensors_io import (
     DTYPES,
     SafetensorsSource,
     TensorPlan,
     check_index,
     find_safetensors,
-    sha256_of,
     write_sharded,
 )
 
@@ -45,7 +45,7 @@ def test_the_library_reads_what_we_write(tmp_path):
             np.testing.assert_array_equal(file.get_tensor(name), tensor)
             assert file.get_tensor(name).dtype == tensor.dtype
         assert file.metadata() == {"format": "pt"}
-    assert written[0].sha256 == sha256_of(tmp_path / "model.safetensors")
+    assert written[0].sha256 == sha256(tmp_path / "model.safetensors")
     assert written[0].bytes == (tmp_path / "model.safetensors").stat().st_size
 
 
@@ -135,6 +135,7 @@ def damaged(content: bytes, kind: str) -> bytes:
         "negative": lambda: with_header(lambda h: h["b"].update(shape=[-2, -3, 4])),
         "offsets": lambda: with_header(lambda h: h["b"].update(data_offsets=[4, 100])),
         "entry": lambda: with_header(lambda h: h.update(b=3)),
+        "git lfs": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n",
     }[kind]()
 
 
@@ -142,7 +143,7 @@ def damaged(content: bytes, kind: str) -> bytes:
     "kind",
     [
         "truncated", "no data", "half a header", "empty", "too long", "header length", "no json", "a list",
-        "dtype", "shape", "negative", "offsets", "entry",
+        "dtype", "shape", "negative", "offsets", "entry", "git lfs",
     ],
 )  # fmt: skip
 def test_damaged_files_are_found_before_anything_is_read(tmp_path, kind):

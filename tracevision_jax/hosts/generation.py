@@ -206,9 +206,7 @@ def _constrained(state: DecodeState) -> DecodeState:
 class Generator:
     """A language model with a grammar, compiled once for each shape that it meets."""
 
-    def __init__(
-        self, model: LanguageModel, grammar: Grammar, mesh: Mesh | None = None, rules: Rules | None = None
-    ):
+    def __init__(self, model: LanguageModel, grammar: Grammar, mesh: Mesh | None = None, rules: Rules | None = None):
         """`mesh` and `rules` (logical axis -> mesh axes) split rows and heads; parameters come laid out.
 
         Raises ValueError when the grammar is about another vocabulary than the model's.
@@ -284,9 +282,7 @@ class Generator:
 class _Call:
     """One batch on its way through a generator: the loop's state, and what stays the same in all steps."""
 
-    def __init__(
-        self, generator: Generator, params, embeddings, positions, lengths, max_new_tokens, settings, force
-    ):
+    def __init__(self, generator: Generator, params, embeddings, positions, lengths, max_new_tokens, settings, force):
         rows, width = embeddings.shape[:2]
         if isinstance(lengths, np.ndarray) and lengths.max(initial=0) > width:
             raise ValueError(f"a prompt of {lengths.max()} tokens in a batch of width {width}")
@@ -315,9 +311,7 @@ class _Call:
         """Run the loop up to a step; the state before is consumed."""
         generator = self.generator
         with self._layouts():
-            self.state = generator._decode(
-                self.params, self.state, generator.grammar, *self.per_row, np.int32(stop)
-            )
+            self.state = generator._decode(self.params, self.state, generator.grammar, *self.per_row, np.int32(stop))
         return self.state
 
     def _placed(self, tree):

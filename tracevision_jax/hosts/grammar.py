@@ -255,9 +255,7 @@ def answer_grammar(vocabulary: Vocabulary, max_points: int = 64) -> Grammar:
     builder.classes["end"] = end
     builder.classes["forbidden"] = sorted(unwritten - {*end, *shown})
     builder.edge(builder.FREE, "end", builder.END)
-    coordinates = (
-        _Bins(builder, vocabulary) if vocabulary.coordinates == "bins" else _Digits(builder, vocabulary)
-    )
+    coordinates = _Bins(builder, vocabulary) if vocabulary.coordinates == "bins" else _Digits(builder, vocabulary)
     coordinates.trajectory(vocabulary.traj_open, vocabulary.traj_close, max_points)
     coordinates.box(special("<|box_start|>"), special("<|box_end|>"))
     slots = builder.state()
@@ -266,9 +264,7 @@ def answer_grammar(vocabulary: Vocabulary, max_points: int = 64) -> Grammar:
     empty, phrase = builder.state(), builder.state()
     builder.edge(builder.FREE, builder.token(special("<|object_ref_start|>")), empty)
     builder.edge(phrase, builder.token(special("<|object_ref_end|>")), builder.FREE)
-    return builder.build(
-        {builder.FREE: builder.FREE, empty: phrase, phrase: phrase}, coordinates.text_classes
-    )
+    return builder.build({builder.FREE: builder.FREE, empty: phrase, phrase: phrase}, coordinates.text_classes)
 
 
 class _Bins:
@@ -311,9 +307,7 @@ class _Digits:
     def __init__(self, builder: _Builder, vocabulary: Vocabulary):
         self.builder = builder
         pattern = re.compile(rf"[0-9]{{1,{DIGITS}}}")
-        numbers = {
-            token: text for text, token in vocabulary.tokenizer.get_vocab().items() if pattern.fullmatch(text)
-        }
+        numbers = {token: text for text, token in vocabulary.tokenizer.get_vocab().items() if pattern.fullmatch(text)}
         builder.values |= {token: int(text) for token, text in numbers.items()}
         self.kinds: dict[tuple[int, bool], str] = {}
         for token, text in numbers.items():
@@ -321,9 +315,7 @@ class _Digits:
             self.kinds[kind] = f"number {kind}"
             builder.classes.setdefault(self.kinds[kind], []).append(token)
         if not {str(digit) for digit in range(10)} <= set(numbers.values()):
-            raise UserError(
-                "the tokenizer has no token of their own for the digits; use the coordinate format 'bins'"
-            )
+            raise UserError("the tokenizer has no token of their own for the digits; use the coordinate format 'bins'")
         literals: list[list[int]] = [[]]
         for token in vocabulary.encode("(1,2), (3,4)"):
             if token in numbers:
@@ -362,9 +354,7 @@ class _Digits:
         early = {**leave, "bound": bound, "sure": bound < 0}
         return [_End(one, early), _End(two, early), _End(whole, leave)]
 
-    def pair(
-        self, source: int, bounds: tuple[int, int] = (-1, -1), stores: tuple[int, int] = (-1, -1)
-    ) -> list[_End]:
+    def pair(self, source: int, bounds: tuple[int, int] = (-1, -1), stores: tuple[int, int] = (-1, -1)) -> list[_End]:
         """x, comma, y from `source`."""
         y = self.builder.state()
         self.builder.literal(self.number(source, bounds[0], stores[0]), self.comma, y)

@@ -60,27 +60,21 @@ class Qwen25VLConfig:
 
     def __post_init__(self) -> None:
         if self.vision.out_width != self.language.width:
-            raise ValueError(
-                f"vision gives width {self.vision.out_width}, language takes {self.language.width}"
-            )
+            raise ValueError(f"vision gives width {self.vision.out_width}, language takes {self.language.width}")
 
     @property
     def visual_tokens(self) -> tuple[int, int]:
         """Ids of the pad tokens whose places visual units take."""
         return self.image_token, self.video_token
 
-    def with_precision(
-        self, dtype: str, param_dtype: str | None = None, remat: str | None = None
-    ) -> "Qwen25VLConfig":
+    def with_precision(self, dtype: str, param_dtype: str | None = None, remat: str | None = None) -> "Qwen25VLConfig":
         """The same model computing in `dtype`; parameters and remat policy change only when given."""
         changes = {"dtype": dtype}
         if param_dtype is not None:
             changes["param_dtype"] = param_dtype
         if remat is not None:
             changes["remat"] = remat
-        return replace(
-            self, vision=replace(self.vision, **changes), language=replace(self.language, **changes)
-        )
+        return replace(self, vision=replace(self.vision, **changes), language=replace(self.language, **changes))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Qwen25VLConfig":
@@ -96,9 +90,7 @@ class Qwen25VLConfig:
             problems.append(f"model_type is '{config['model_type']}', not 'qwen2_5_vl'")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) not in ("mrope", "default"):
-            problems.append(
-                f"rotary positions of type '{rope.get('rope_type', rope.get('type'))}' are not supported"
-            )
+            problems.append(f"rotary positions of type '{rope.get('rope_type', rope.get('type'))}' are not supported")
         if text.get("use_sliding_window"):
             problems.append("sliding window attention (use_sliding_window) is not supported")
         for name, part in (("hidden_act", text), ("vision_config.hidden_act", tower)):
@@ -107,12 +99,10 @@ class Qwen25VLConfig:
         full_blocks = [int(block) for block in tower.get("fullatt_block_indexes", ())]
         groups = max(len(full_blocks), 1)
         blocks = tower.get("depth", 0) // groups
-        if full_blocks != [
-            blocks * (group + 1) - 1 for group in range(groups)
-        ] or blocks * groups != tower.get("depth"):
-            problems.append(
-                f"full attention in blocks {full_blocks} of {tower.get('depth')}: only every n-th can be"
-            )
+        if full_blocks != [blocks * (group + 1) - 1 for group in range(groups)] or blocks * groups != tower.get(
+            "depth"
+        ):
+            problems.append(f"full attention in blocks {full_blocks} of {tower.get('depth')}: only every n-th can be")
         if problems:
             raise UserError("this config.json is of no Qwen2.5-VL that can be read: " + "; ".join(problems))
         heads = text["num_attention_heads"]
@@ -203,9 +193,7 @@ class Qwen25VL(nn.Module):
         patches: Float[Array, "batch frames windows slots patch_dim"],
         grid: Int[Array, "batch frames 2"],
         after_groups: tuple[int, ...] = (),
-    ) -> tuple[
-        Float[Array, "batch frames units width"], tuple[Float[Array, "batch frames places vision_width"], ...]
-    ]:
+    ) -> tuple[Float[Array, "batch frames units width"], tuple[Float[Array, "batch frames places vision_width"], ...]]:
         """Merged units of every frame, and the tower's states after the given groups, see `VisionTower`."""
         return self.vision(patches, grid, after_groups)
 

@@ -56,9 +56,7 @@ def sampling_settings(
         temperature=_per_row("temperature", temperature, np.float32, rows),
         top_k=_per_row("top_k", top_k, np.int32, rows),
         top_p=_per_row("top_p", top_p, np.float32, rows),
-        seeds=_per_row(
-            "seed", (seeds + np.arange(rows) if seeds.ndim == 0 else seeds) % 2**32, np.uint32, rows
-        ),
+        seeds=_per_row("seed", (seeds + np.arange(rows) if seeds.ndim == 0 else seeds) % 2**32, np.uint32, rows),
     )
     if not (np.isfinite(settings.temperature).all() and (np.asarray(settings.temperature) >= 0).all()):
         raise UserError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")

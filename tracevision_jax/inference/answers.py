@@ -45,7 +45,7 @@ class Trajectory(NamedTuple):
 class Mask(NamedTuple):
     """Logits on the decoder's square grid, stretched over each frame; positive inside."""
 
-    logits: Float[np.ndarray, "frames side side"]
+    logits: Float[np.ndarray, "frames rows columns"]
 
 
 AnswerPart = str | Phrase | Box | Trajectory | Mask
@@ -118,7 +118,7 @@ class Answer:
         return [part.text for part in self.parts if isinstance(part, Phrase)]
 
     @property
-    def mask_logits(self) -> list[Float[np.ndarray, "_ side side"]]:
+    def mask_logits(self) -> list[Float[np.ndarray, "_ rows columns"]]:
         """Logits of all masks on the decoder's grid."""
         return [part.logits for part in self.parts if isinstance(part, Mask)]
 
@@ -174,7 +174,7 @@ class Answer:
 
 
 def binary_mask(
-    logits: Float[np.ndarray, "frames side side"], size: tuple[int, int] | None
+    logits: Float[np.ndarray, "frames rows columns"], size: tuple[int, int] | None
 ) -> Bool[np.ndarray, "frames height width"]:
     """Where logits are positive, after bilinear interpolation to `size` = (height, width) pixels."""
     if size is None:
@@ -198,7 +198,7 @@ def run_lengths(mask: Bool[np.ndarray, "height width"]) -> dict[str, Any]:
     """A mask as COCO's run lengths {"size": [height, width], "counts": text}."""
     from pycocotools import mask as coco
 
-    encoded = coco.encode(np.asfortranarray(mask, np.uint8))
+    encoded: dict[str, Any] = coco.encode(np.asfortranarray(mask, np.uint8))  # pyright: ignore[reportAssignmentType]
     return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 

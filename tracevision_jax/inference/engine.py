@@ -319,7 +319,7 @@ class Engine:
         encoded: Encoded,
         places: Sequence[Sequence[int]],
         frames: Sequence[int],
-    ) -> list[list[Float[np.ndarray, "frames side side"]]]:
+    ) -> list[list[Float[np.ndarray, "frames rows columns"]]]:
         """Mask logits of every `[SEG]` of every row, on each frame of the row."""
         wanted = [[(slot, frame) for slot in row for frame in range(n)] for row, n in zip(places, frames, strict=True)]
         most = max((len(row) for row in wanted), default=0)

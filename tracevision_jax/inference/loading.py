@@ -191,7 +191,7 @@ def _complete(system: TraceVision, host_params: Any, mesh: Mesh | None) -> Any:
     given = {f"host/{path}": leaf for path, leaf in traverse_util.flatten_dict(host_params, sep="/").items()}
     missing = [path for path in _flat_shapes(system) if path not in given]
 
-    def draw(key: jax.Array, given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def draw(key: jax.Array, given: dict[str, Any]) -> dict[str, Any]:
         leaves = traverse_util.flatten_dict(system.init(key), sep="/") | given
         settled = system.settle(traverse_util.unflatten_dict(leaves, sep="/"))
         return {path: leaf for path, leaf in traverse_util.flatten_dict(settled, sep="/").items() if path in missing}
@@ -214,8 +214,8 @@ def _placement(mesh: Mesh) -> Place:
     return place
 
 
-def _flat_shapes(system: TraceVision) -> dict[str, jax.ShapeDtypeStruct]:
-    return traverse_util.flatten_dict(jax.eval_shape(system.init, jax.random.key(0)), sep="/")
+def _flat_shapes(system: TraceVision) -> dict[str, Any]:
+    return dict(traverse_util.flatten_dict(jax.eval_shape(system.init, jax.random.key(0)), sep="/"))
 
 
 def _with_precision(config: TraceVisionConfig, dtype: str | None) -> TraceVisionConfig:

@@ -78,6 +78,7 @@ def read_video(
         UserError: missing, without a picture, or damaged.
     """
     import av
+    from av.error import FFmpegError
 
     if not Path(path).is_file():
         raise UserError(f"the video {path} cannot be read: no such file")
@@ -95,7 +96,7 @@ def read_video(
             for number, frame in enumerate(container.decode(stream)):
                 if number % step == 0:
                     frames.append(frame.to_ndarray(format="rgb24"))
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise UserError(f"the video {path} is damaged or of an unknown kind: {error}") from error
     if not frames:
         raise UserError(f"the video {path} has no frames")

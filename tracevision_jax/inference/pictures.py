@@ -63,9 +63,7 @@ def shown(image: Picture) -> Image.Image:
     if factor == 1:
         return picture
     width, height = (max(1, round(side * factor)) for side in picture.size)
-    return picture.resize(
-        (width, height), Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
-    )
+    return picture.resize((width, height), Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
 
 
 @functools.lru_cache(maxsize=32)
@@ -196,9 +194,7 @@ def _time_bar(picture: Image.Image, duration_seconds: float) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     middle = y + height / 2
     draw.text((x + pad, middle), "0", font=font, fill=(255, 255, 255), anchor="lm")
-    draw.text(
-        (x + 2.2 * pad + left_text + length, middle), label, font=font, fill=(255, 255, 255), anchor="lm"
-    )
+    draw.text((x + 2.2 * pad + left_text + length, middle), label, font=font, fill=(255, 255, 255), anchor="lm")
     return picture
 
 
@@ -215,9 +211,7 @@ def overlay_masks(
     picture = shown(image)
     _check_labels(labels, len(masks))
     for index, mask in enumerate(masks):
-        picture = Image.alpha_composite(
-            picture.convert("RGBA"), _mask_layer(mask, picture.size, object_colour(index))
-        )
+        picture = Image.alpha_composite(picture.convert("RGBA"), _mask_layer(mask, picture.size, object_colour(index)))
     picture = picture.convert("RGB")
     places = [_inner_place(np.asarray(_enlarged_mask(mask, picture.size))) for mask in masks[: len(labels)]]
     named = zip(labels, places, strict=True)
@@ -227,9 +221,7 @@ def overlay_masks(
     )
 
 
-def draw_boxes(
-    image: Picture, boxes: Float[np.ndarray, "boxes 4"], labels: Sequence[str] = ()
-) -> Image.Image:
+def draw_boxes(image: Picture, boxes: Float[np.ndarray, "boxes 4"], labels: Sequence[str] = ()) -> Image.Image:
     """Draw boxes (x1, y1, x2, y2) in [0, 1], each in its own colour, named where labels are given.
 
     A box of NaN (an absent object) is left out. Raises `UserError` where labels and boxes are not equally
@@ -255,17 +247,13 @@ def draw_boxes(
 
     picture = _drawn_smoothly(picture, paint)
     places = [(float(corner[0]), float(corner[1])) for corner in corners]
-    return _write_labels(
-        picture, [_Label(labels[i], object_colour(i), places[i], False) for i in there if labels]
-    )
+    return _write_labels(picture, [_Label(labels[i], object_colour(i), places[i], False) for i in there if labels])
 
 
 def _enlarged_mask(mask: np.ndarray, size: tuple[int, int], smooth_px: float = 0.0) -> Image.Image:
     """A mask as 0 and 255 at another (width, height), its edge smoothed between its own pixels."""
     if mask.size == 0:
-        raise UserError(
-            f"a mask of shape {mask.shape} is empty; masks are (height, width) of at least one pixel"
-        )
+        raise UserError(f"a mask of shape {mask.shape} is empty; masks are (height, width) of at least one pixel")
     grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     grey = grey.filter(ImageFilter.GaussianBlur(smooth_px)) if smooth_px else grey
     return Image.fromarray((np.asarray(grey) >= 128).astype(np.uint8) * 255)

@@ -142,17 +142,13 @@ def _marked_block(runs: Sequence[_Run], width_px: int, size_px: float) -> Image.
 # Sheets
 
 
-def sheet(
-    panels: Sequence[Panel], columns: int = 3, panel_width_px: int = 400, title: str = ""
-) -> Image.Image:
+def sheet(panels: Sequence[Panel], columns: int = 3, panel_width_px: int = 400, title: str = "") -> Image.Image:
     """Panels side by side in rows on white, each with its title above and its caption, wrapped, below.
 
     Raises `UserError` for no panels or no columns.
     """
     if not panels or columns < 1:
-        raise UserError(
-            f"a sheet needs panels and columns; there are {len(panels)} panels in {columns} columns"
-        )
+        raise UserError(f"a sheet needs panels and columns; there are {len(panels)} panels in {columns} columns")
     columns = min(columns, len(panels))
     drawn = [_panel(panel, panel_width_px) for panel in panels]
     rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
@@ -301,9 +297,7 @@ def save_animation(frames: Sequence[Picture], path: str | Path, frames_per_secon
     Raises `UserError` for no frames, a rate that is not above 0, or a path that cannot be written.
     """
     if not len(frames) or not frames_per_second > 0:
-        raise UserError(
-            f"an animation needs frames and a rate; these are {len(frames)} at {frames_per_second} Hz"
-        )
+        raise UserError(f"an animation needs frames and a rate; these are {len(frames)} at {frames_per_second} Hz")
     pictures = [shown(frame).quantize(256, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
     duration_ms = max(20, round(1000 / frames_per_second))
     try:

@@ -38,9 +38,7 @@ class LanguageConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key heads")
         if 2 * sum(self.mrope_sections) != self.head_dim:
-            raise ValueError(
-                f"mrope_sections {self.mrope_sections} must sum to half of head_dim {self.head_dim}"
-            )
+            raise ValueError(f"mrope_sections {self.mrope_sections} must sum to half of head_dim {self.head_dim}")
         if self.added_tokens and not 0 < self.first_added <= self.vocab_size:
             raise ValueError(f"first_added {self.first_added} must lie in 1..{self.vocab_size}")
 

@@ -131,9 +131,7 @@ class LanguageModel(nn.Module):
             return self.embed_base(tokens)
         base = self.embed_base(jnp.minimum(tokens, c.first_added - 1))
         table, _ = self.added()
-        ours = jnp.take(
-            table.astype(base.dtype), jnp.clip(tokens - c.first_added, 0, c.added_tokens - 1), axis=0
-        )
+        ours = jnp.take(table.astype(base.dtype), jnp.clip(tokens - c.first_added, 0, c.added_tokens - 1), axis=0)
         return jnp.where((tokens >= c.first_added)[..., None], ours, base)
 
     def __call__(

@@ -55,9 +55,7 @@ def mrope_positions(
     visual = np.isin(tokens, list(visual_ids))
     needed = sum(span.tokens(merge) for span in spans)
     if int(visual.sum()) != needed:
-        raise ValueError(
-            f"the sequence has {int(visual.sum())} visual tokens, its images and videos need {needed}"
-        )
+        raise ValueError(f"the sequence has {int(visual.sum())} visual tokens, its images and videos need {needed}")
     pieces: list[np.ndarray] = []
     place, following = 0, 0
 

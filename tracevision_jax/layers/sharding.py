@@ -56,6 +56,16 @@ def activation_sharding(mesh: Mesh, rules: Rules, platform: str | None = None) -
         _active.reset(token)
 
 
+def leading_axes_merge() -> bool:
+    """Whether (batch, tokens) and the like can be merged into one axis without moving data between devices."""
+    active = _active.get()
+    if active is None:
+        return True
+    mesh, rules = active
+    inner = ("tokens", "frames", "windows", "slots")
+    return all(mesh.shape[axis] == 1 for name in inner for axis in _mesh_axes(rules, name))
+
+
 def layout(
     shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | AbstractMesh, rules: Rules
 ) -> PartitionSpec:

@@ -61,25 +61,50 @@ def visibility(call: AttentionCall) -> Bool[Array, "#batch #queries keys"] | Non
     return visible
 
 
+@jax.custom_vjp
+def masked_softmax(
+    scores: Float[Array, "*rows keys"], visible: Bool[Array, "*#rows #keys"]
+) -> Float[Array, "*rows keys"]:
+    """Softmax over the visible keys, 0 elsewhere and in rows that see none; its gradients are finite everywhere.
+
+    The backward pass is written out: it needs the weights alone, and neither the mask nor the scores again.
+    """
+    top = jnp.max(jnp.where(visible, scores, HIDDEN), axis=-1, keepdims=True)
+    weights = jnp.where(visible, jnp.exp(scores - top), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights * (1 / jnp.where(total == 0, 1, total))
+
+
+def _masked_softmax_forward(scores: Array, visible: Array) -> tuple[Array, Array]:
+    weights = masked_softmax(scores, visible)
+    return weights, weights
+
+
+def _masked_softmax_backward(weights: Array, gradient: Array) -> tuple[Array, None]:
+    pulled = weights * gradient
+    return pulled - weights * pulled.sum(axis=-1, keepdims=True), None
+
+
+masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)
+
+
 def attend_xla(call: AttentionCall) -> Float[Array, "batch queries heads head_dim"]:
-    """Reference attention; queries that see no key give 0, with finite gradients."""
+    """Reference attention; queries that see no key give 0, with finite gradients.
+
+    Queries of all heads that share a key head are rows of one product, which is also what a CPU does fastest.
+    """
     batch, queries, heads, head_dim = call.q.shape
-    kv_heads = call.k.shape[2]
+    kv_heads, keys = call.k.shape[2], call.k.shape[1]
     group = heads // kv_heads
-    grouped = call.q.reshape(batch, queries, kv_heads, group, head_dim)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, call.k, preferred_element_type=jnp.float32)
-    scores = scores * call.scale
+    q = call.q.reshape(batch, queries, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, group * queries, head_dim)
+    k, v = call.k.transpose(0, 2, 1, 3), call.v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32) * call.scale
     if call.bias is not None:
-        bias = jnp.asarray(call.bias, jnp.float32)
-        bias_heads = bias.shape[1]
-        split = (kv_heads, group) if bias_heads == heads else (1, 1)
-        scores = scores + bias.reshape(bias.shape[0], *split, *bias.shape[2:])
+        bias = jnp.broadcast_to(call.bias, (call.bias.shape[0], heads, queries, keys)).astype(jnp.float32)
+        scores = scores + bias.reshape(-1, kv_heads, group * queries, keys)
     visible = visibility(call)
-    if visible is not None:
-        scores = jnp.where(visible[:, None, None], scores, HIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1).astype(call.v.dtype)
-    mixed = jnp.einsum("bkgqs,bskd->bqkgd", weights, call.v)
-    if visible is not None:
-        # The softmax of a row of equal numbers is uniform and finite; its result is discarded here.
-        mixed = jnp.where(visible.any(-1)[:, :, None, None, None], mixed, 0)
-    return mixed.reshape(batch, queries, heads, head_dim).astype(call.q.dtype)
+    visible = jnp.ones((1, 1, 1), bool) if visible is None else jnp.tile(visible, (1, group, 1))
+    weights = masked_softmax(scores, visible[:, None]).astype(v.dtype)
+    mixed = jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(batch, kv_heads, group, queries, head_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim).astype(call.q.dtype)

@@ -49,9 +49,7 @@ def why_not_splash(call: AttentionCall, placement: Placement) -> str | None:
         return f"length {length} is no multiple of {TPU_LANES}"
     if batch % placement.shards(placement.batch_axes):
         return f"{batch} rows do not divide over {placement.batch_axes}"
-    if heads % placement.shards(placement.head_axes) or call.k.shape[2] % placement.shards(
-        placement.head_axes
-    ):
+    if heads % placement.shards(placement.head_axes) or call.k.shape[2] % placement.shards(placement.head_axes):
         return f"{heads} and {call.k.shape[2]} heads do not divide over {placement.head_axes}"
     return None
 

@@ -28,9 +28,7 @@ def axial_angles(
     return jnp.concatenate(sections, axis=-1)
 
 
-def multimodal_frequencies(
-    head_dim: int, theta: float, sections: Sequence[int]
-) -> tuple[Float[np.ndarray, "_"], ...]:
+def multimodal_frequencies(head_dim: int, theta: float, sections: Sequence[int]) -> tuple[Float[np.ndarray, "_"], ...]:
     """Frequencies of multimodal rotary: one series cut into sections for time, height and width, in a row."""
     series = inverse_frequencies(head_dim, theta)
     if sum(sections) != len(series):

@@ -82,9 +82,7 @@ def spec_of(path: str, shape: Sequence[int], rules: Sequence[Rule]) -> P | None:
     for pattern, spec in rules:
         if re.search(pattern, path):
             if len(spec) > len(shape):
-                raise UserError(
-                    f"Sharding rule '{pattern}' has {len(spec)} axes, but {path} is {tuple(shape)}."
-                )
+                raise UserError(f"Sharding rule '{pattern}' has {len(spec)} axes, but {path} is {tuple(shape)}.")
             return P(*[None] * (len(shape) - len(spec)), *spec)
     return None
 

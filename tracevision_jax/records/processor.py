@@ -38,7 +38,6 @@ from tracevision_jax.vision.preprocess import (
 )
 from tracevision_jax.vision.windows import raster_units
 
-
 NAMED_SHARE = 0.2
 """Least part of a visual token's area that an object covers for the token to be named after it."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -134,14 +134,15 @@ class Vocabulary:
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def _encode(self, text: str) -> Encoding:
-        backend = self.tokenizer.backend_tokenizer
-        backend.encode_special_tokens = True
         try:
-            return backend.encode(text, add_special_tokens=False)
+            text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
                 f"the text has half of a surrogate pair at character {error.start}, which is no Unicode: {text!r:.80}"
             ) from error
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = True
+        return backend.encode(text, add_special_tokens=False)
 
     def encode_coordinates(self, points: Float[np.ndarray, "points 2"]) -> list[int]:
         """Bin tokens x y x y ... of points in [0, 1] (format "bins").
@@ -156,14 +157,14 @@ class Vocabulary:
         ids = np.asarray(ids)
         return (ids >= self.first_bin) & (ids < self.first_bin + BINS)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Int[np.ndarray, "tokens"]) -> str:
         """Text of ids, added tokens written as their strings, special tokens of the chat kept."""
         pieces: list[str] = []
         run: list[int] = []
         strings = self.added_strings
         for token in ids:
             if token >= self.first_added:
-                pieces += [self._decode(run), strings[token - self.first_added]]
+                pieces += [self._decode(run), strings[int(token) - self.first_added]]
                 run = []
             else:
                 run.append(int(token))

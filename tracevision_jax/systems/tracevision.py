@@ -259,7 +259,8 @@ class TraceVision:
     def settle(self, params: Params) -> Params:
         """Set the bins' embedding and head rows to Fourier features at the norm of the host's own rows.
 
-        What the TVP adds to trajectory tokens starts at the scale of the host's embeddings, too. Called on fresh parameters, and again where the host's are read from a checkpoint.
+        What the TVP adds to trajectory tokens starts at the scale of the host's embeddings, too. Called on fresh
+        parameters, and again where the host's are read from a checkpoint.
         """
         language = params["host"]["language"]
         embedding = language["embed"]["embedding"]

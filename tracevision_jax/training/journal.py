@@ -10,6 +10,7 @@ A resumed run first drops the lines after the step that it starts from, so that 
 
 import json
 import math
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -97,6 +99,7 @@ class Journal:
 
     def __init__(self, directory: Path, console: Console, steps: int, start: int, log_every: int):
         """Continue the files of `directory` after `start` of `steps` steps."""
+        primary = jax.process_index() == 0
         self.console, self.steps, self.start, self.log_every = console, steps, start, log_every
         self.began = time.perf_counter()
         self.interval, self.total = Interval(), Interval()
@@ -105,11 +108,16 @@ class Journal:
         self.rate: float | None = None
         directory.mkdir(parents=True, exist_ok=True)
         metrics, bad = directory / "metrics.jsonl", directory / "bad_records.jsonl"
-        self.lines = [line for line in keep_until(metrics, start) if line["kind"] == "train"]
-        keep_until(bad, start)
-        self.metrics_file, self.bad_file = (path.open("a", buffering=1) for path in (metrics, bad))
+        self.lines: list[dict[str, Any]] = []
+        if primary:
+            self.lines = [line for line in keep_until(metrics, start) if line["kind"] == "train"]
+            keep_until(bad, start)
         self.before = self.lines[-1] if self.lines else {"tokens": 0, "seconds": 0.0}
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None)
+        files = (metrics, bad) if primary else (Path(os.devnull),) * 2
+        self.metrics_file, self.bad_file = (path.open("a", buffering=1) for path in files)
+        self.board = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=start + 1 if start else None, write_to_disk=primary
+        )
 
     def say(self, text: str) -> None:
         """A line of prose."""
@@ -211,7 +219,8 @@ class Journal:
                 f"{total.seconds / total.steps:.3f} s/step, "
                 f"{total.waiting / max(total.seconds, 1e-9):.0%} of it waiting for data",
             )
-        first, last = (mean_of_lines(lines) for lines in (self.lines[:10], self.lines[-10:]))
+        some = min(10, (len(self.lines) + 1) // 2)
+        first, last = (mean_of_lines(lines) for lines in (self.lines[:some], self.lines[-some:]))
         for name, value in last.items():
             table.add_row(name, f"{value:.4f}" + (f" (at first {first[name]:.4f})" if name in first else ""))
         for name, numbers in self.evaluations.items():

@@ -110,7 +110,7 @@ def fit(
         usable.
     """
     check(recipe)
-    console = console or Console()
+    console = console or Console(quiet=jax.process_index() > 0)
     mesh = make_mesh(recipe.mesh, devices)
     for rows in source.rows:
         check_rows(rows, recipe.accumulation, mesh)

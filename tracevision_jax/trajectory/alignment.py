@@ -106,8 +106,7 @@ def align_words(caption: str, words: Sequence[TimedText]) -> list[AlignedWord]:
     for index, (first, last) in runs.items():
         windows[index] = (times[first][0], max(times[first][1], times[last][1]))
     return [
-        AlignedWord(caption[start:end], start, end, window)
-        for (start, end), window in zip(spans, windows, strict=True)
+        AlignedWord(caption[start:end], start, end, window) for (start, end), window in zip(spans, windows, strict=True)
     ]
 
 

@@ -44,9 +44,7 @@ class ChatEndpoint:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise UserError(
-                f"the endpoint {self.url!r} is no address; give one like http://localhost:8000/v1"
-            )
+            raise UserError(f"the endpoint {self.url!r} is no address; give one like http://localhost:8000/v1")
         if self.attempts < 1 or self.timeout_seconds <= 0:
             raise UserError("an endpoint needs at least one attempt and a timeout above 0 seconds")
 
@@ -79,9 +77,7 @@ class ChatEndpoint:
         key = os.environ.get(self.key_variable, "")
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
-        )
+        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=self.timeout_seconds) as reply:
             return reply.read()
 

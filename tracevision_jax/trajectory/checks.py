@@ -88,8 +88,7 @@ def _is_list(value: Any) -> bool:
 def _holds_strokes(value: Sequence[Any]) -> bool:
     """Whether each entry is a list of points, and not a point (of numbers, or an object) itself."""
     return len(value) > 0 and all(
-        _is_list(entry) and all(isinstance(part, Mapping) or _is_list(part) for part in entry)
-        for entry in value
+        _is_list(entry) and all(isinstance(part, Mapping) or _is_list(part) for part in entry) for entry in value
     )
 
 

@@ -75,9 +75,7 @@ class FilePhrases:
         """The phrases under the sample's id, or else under its caption."""
         key = sample_id if sample_id and sample_id in self._entries else caption
         if key not in self._entries:
-            wanted = (
-                f"id {sample_id!r} or caption {caption!r:.60}" if sample_id else f"caption {caption!r:.60}"
-            )
+            wanted = f"id {sample_id!r} or caption {caption!r:.60}" if sample_id else f"caption {caption!r:.60}"
             raise UserError(f"{self.path} has no phrases for {wanted}; add them or choose another provider")
         return _place_entry(caption, self._entries[key], f"{self.path}: entry {key!r:.60}")
 
@@ -114,8 +112,7 @@ class EndpointPhrases:
             if found and len(found) >= LEAST_FOUND * len(scored):
                 return found
         raise UserError(
-            f"{self.endpoint.model} gave no readable phrases for {caption!r:.60}; "
-            f"its last answer: {reply!r:.200}"
+            f"{self.endpoint.model} gave no readable phrases for {caption!r:.60}; its last answer: {reply!r:.200}"
         )
 
     def _append(self, caption: str, phrases: Sequence[Phrase]) -> None:
@@ -141,12 +138,8 @@ def question(caption: str) -> str:
     )
 
 
-_BRACKETED = re.compile(
-    r"\[([^\[\]]+)\][\s*_`]*[:=\uff1a-]\s*(?:score\s*)?\**\s*([0-9]+)(?:\.0+)?(?!\.?[0-9])"
-)
-_QUOTED = re.compile(
-    r"[\"\u201c]([^\"\u201c\u201d]+)[\"\u201d]\s*[:=\uff1a-]\s*([0-9]+)(?:\.0+)?(?!\.?[0-9])"
-)
+_BRACKETED = re.compile(r"\[([^\[\]]+)\][\s*_`]*[:=\uff1a-]\s*(?:score\s*)?\**\s*([0-9]+)(?:\.0+)?(?!\.?[0-9])")
+_QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d]+)[\"\u201d]\s*[:=\uff1a-]\s*([0-9]+)(?:\.0+)?(?!\.?[0-9])")
 _PLAIN = re.compile(
     r"(?:^|[\n,;])\s*(?:[-*\u2022]|[0-9]+[.)])?\s*([^:\n]*?[^:\n\s])\s*[:\uff1a]\s*([0-9]+)(?:\.0+)?(?=\s*(?:[,;.\n]|$))"
 )
@@ -182,9 +175,7 @@ def locate(caption: str, scored: Iterable[tuple[str, int]]) -> list[Phrase]:
             continue
         last = len(words) - len(wanted)
         places = [*range(cursor, last + 1), *range(min(cursor, last + 1))]
-        fits = (
-            p for p in places if words[p : p + len(wanted)] == wanted and not taken[p : p + len(wanted)].any()
-        )
+        fits = (p for p in places if words[p : p + len(wanted)] == wanted and not taken[p : p + len(wanted)].any())
         place = next(fits, None)
         if place is None:
             continue
@@ -200,9 +191,7 @@ def check_phrases(caption: str, phrases: Sequence[Phrase]) -> None:
     _check_spans(caption, phrases, "the phrases")
 
 
-def phrase_windows(
-    phrases: Sequence[Phrase], aligned: Sequence[AlignedWord]
-) -> Float[np.ndarray, "phrases 2"]:
+def phrase_windows(phrases: Sequence[Phrase], aligned: Sequence[AlignedWord]) -> Float[np.ndarray, "phrases 2"]:
     """(start, end) in seconds of each phrase: from its first word's start to its last one's end, NaN if
     unheard.
 
@@ -257,9 +246,7 @@ def _read_lines(path: Path, may_be_cut: bool = False) -> list[tuple[str, Any]]:
             if not may_be_cut:
                 raise UserError(f"{path}: line {number} is not JSON: {error}") from error
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f'{path}: line {number} must be an object with "caption" and "phrases"'
-            ) from error
+            raise UserError(f'{path}: line {number} must be an object with "caption" and "phrases"') from error
     return entries
 
 
@@ -272,9 +259,7 @@ def _check_entry(entry: Any, where: str) -> None:
         _check_importance(phrase.get("importance"), f"{where}: phrase {index} ({phrase['text']!r:.40})")
         places = [phrase.get(key) for key in ("start_char", "end_char")]
         if places != [None, None] and not all(type(place) is int for place in places):
-            raise UserError(
-                f"{where}: phrase {index} needs both start_char and end_char as whole numbers, or none"
-            )
+            raise UserError(f"{where}: phrase {index} needs both start_char and end_char as whole numbers, or none")
 
 
 def _check_importance(importance: Any, where: str) -> None:
@@ -287,17 +272,14 @@ def _place_entry(caption: str, entry: Any, where: str) -> list[Phrase]:
     _check_entry(entry, where)
     if all("start_char" in phrase for phrase in entry):
         placed = [
-            Phrase(phrase["text"], phrase["start_char"], phrase["end_char"], phrase["importance"])
-            for phrase in entry
+            Phrase(phrase["text"], phrase["start_char"], phrase["end_char"], phrase["importance"]) for phrase in entry
         ]
     else:
         placed = locate(caption, [(phrase["text"], phrase["importance"]) for phrase in entry])
         if len(placed) < len(entry):
             texts = {phrase.text for phrase in placed}
             lost = next((p["text"] for p in entry if p["text"] not in texts), entry[-1]["text"])
-            raise UserError(
-                f"{where}: phrase {lost!r:.60} does not stand in the caption, or overlaps another"
-            )
+            raise UserError(f"{where}: phrase {lost!r:.60} does not stand in the caption, or overlaps another")
     placed.sort(key=lambda phrase: phrase.start_char)
     _check_spans(caption, placed, where)
     return placed
@@ -314,13 +296,9 @@ def _check_spans(caption: str, phrases: Sequence[Phrase], where: str) -> None:
             )
         if caption[phrase.start_char : phrase.end_char] != phrase.text:
             there = caption[phrase.start_char : phrase.end_char]
-            raise UserError(
-                f"{where}: phrase {phrase.text!r:.40} is not what its characters say: {there!r:.40}"
-            )
+            raise UserError(f"{where}: phrase {phrase.text!r:.40} is not what its characters say: {there!r:.40}")
         if phrase.start_char < end:
-            raise UserError(
-                f"{where}: phrase {phrase.text!r:.40} overlaps the one before it, or is out of order"
-            )
+            raise UserError(f"{where}: phrase {phrase.text!r:.40} overlaps the one before it, or is out of order")
         end = phrase.end_char
 
 

@@ -71,9 +71,7 @@ _OPENS = frozenset(_OPENING.split())
 """Words after which a phrase ends, where it has named nothing yet ("there is", "we can see")."""
 
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f\u061f\u0964]")
-_BREAK = re.compile(
-    r"[.,;:!?()\n\u2014\u2026\u3001\u3002\uff0c\uff0e\uff01\uff1f\uff1b\uff1a\u060c\u061b\u061f\u0964]"
-)
+_BREAK = re.compile(r"[.,;:!?()\n\u2014\u2026\u3001\u3002\uff0c\uff0e\uff01\uff1f\uff1b\uff1a\u060c\u061b\u061f\u0964]")
 
 
 class ScoredSpan(NamedTuple):

@@ -83,9 +83,7 @@ def simplify_many(
 ) -> list[Float[np.ndarray, "_ 3"]]:
     """`simplify` of many traces at once, entry by entry of the arguments: faster than one by one."""
     _check_epsilon(base_epsilon_px)
-    if len({len(traces), len(words), len(captions), len(sizes)}) > 1 or (
-        phrases and len(phrases) != len(traces)
-    ):
+    if len({len(traces), len(words), len(captions), len(sizes)}) > 1 or (phrases and len(phrases) != len(traces)):
         raise UserError("traces, words, captions, sizes and phrases must be equally many")
     result: list[np.ndarray] = []
     for group in _groups([len(trace) for trace in traces]):
@@ -98,9 +96,7 @@ def simplify_many(
             weights.append(weight)
         chosen = [traces[index] for index in group]
         runs = _runs(chosen, [sizes[index] for index in group], owners, weights)
-        critical = critical_epsilons(
-            runs.x_px, runs.y_px, runs.first, runs.last, base_epsilon_px / runs.weight
-        )
+        critical = critical_epsilons(runs.x_px, runs.y_px, runs.first, runs.last, base_epsilon_px / runs.weight)
         keep = (critical > 0) & ~runs.repeats
         ends = np.cumsum([len(trace) for trace in chosen])[:-1]
         result += [trace[kept] for trace, kept in zip(chosen, np.split(keep, ends), strict=True)]
@@ -150,9 +146,7 @@ def to_count(
         owner, weight = _owners(points, words, caption, phrases)
         runs = _runs([points], [size], [owner], [weight])
     order = np.zeros(len(points), np.int64)
-    critical = critical_epsilons(
-        runs.x_px, runs.y_px, runs.first, runs.last, np.full(len(runs.first), -1.0), order
-    )
+    critical = critical_epsilons(runs.x_px, runs.y_px, runs.first, runs.last, np.full(len(runs.first), -1.0), order)
     per_point = np.repeat(runs.weight, runs.last - runs.first + 1)
     base = np.where(runs.repeats, -1.0, critical * per_point)
     _check_count(count, int(np.isinf(base).sum()))
@@ -200,9 +194,7 @@ def critical_epsilons(
         if not open_.any():
             return critical
         if not open_.all():
-            first, last, least, ceiling, inner = (
-                values[open_] for values in (first, last, least, ceiling, inner)
-            )
+            first, last, least, ceiling, inner = (values[open_] for values in (first, last, least, ceiling, inner))
         offset = np.cumsum(inner) - inner
         point = np.arange(offset[-1] + inner[-1]) + np.repeat(first + 1 - offset, inner)
         distance = _distances(x_px, y_px, first, last, inner, point)
@@ -235,9 +227,7 @@ def _distances(
     length[coincide] = 1.0
     from_x = x_px[point] - np.repeat(start_x, inner)
     from_y = y_px[point] - np.repeat(start_y, inner)
-    distance = np.abs(
-        np.repeat(chord_x / length, inner) * from_y - np.repeat(chord_y / length, inner) * from_x
-    )
+    distance = np.abs(np.repeat(chord_x / length, inner) * from_y - np.repeat(chord_y / length, inner) * from_x)
     if coincide.any():
         at_point = np.repeat(coincide, inner)
         distance[at_point] = np.hypot(from_x[at_point], from_y[at_point])
@@ -304,9 +294,7 @@ def _groups(counts: Sequence[int]) -> list[list[int]]:
 
 def _check_traces(together: np.ndarray, counts: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
     if not (np.isfinite(together[:, 2]).all() and (np.abs(together[:, :2]) <= FARTHEST).all()):
-        raise UserError(
-            "a trace has points that are not finite or far outside the image; use check_trace first"
-        )
+        raise UserError("a trace has points that are not finite or far outside the image; use check_trace first")
     backwards = np.diff(together[:, 2]) < 0
     ends = np.cumsum(counts)[:-1]
     backwards[ends[(ends > 0) & (ends < len(together))] - 1] = False

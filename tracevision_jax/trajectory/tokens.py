@@ -42,9 +42,7 @@ def to_bins(points: Float[np.ndarray, "points columns"]) -> Int[np.ndarray, "poi
     """Bins of (x, y); further columns (time) are left out. Raises `UserError` for what is not finite."""
     places = np.asarray(points, np.float64)[:, :2]
     if not np.isfinite(places).all():
-        raise UserError(
-            f"point {int(np.argmin(np.isfinite(places).all(axis=1)))} of the trajectory is not finite"
-        )
+        raise UserError(f"point {int(np.argmin(np.isfinite(places).all(axis=1)))} of the trajectory is not finite")
     # Clipping before the scaling gives the same bins and cannot overflow.
     return np.minimum(np.floor(np.clip(places, 0.0, 1.0) * BINS), BINS - 1).astype(np.int32)
 
@@ -148,9 +146,7 @@ def _tagged(text: str, start: str, end: str, any_case: bool = False) -> list[tup
     for tag in pattern.finditer(text):
         if tag.group(1):
             if opened is not None:
-                raise UserError(
-                    f"{start} at character {tag.start()} stands inside another one; {end} is missing"
-                )
+                raise UserError(f"{start} at character {tag.start()} stands inside another one; {end} is missing")
             opened = tag
         else:
             if opened is None:
@@ -168,9 +164,7 @@ def _pairs(inner: str) -> list[tuple[str, str]]:
     while inner[place:].strip():
         match = _PAIR.match(inner, place)
         if match is None:
-            raise UserError(
-                f"point {len(pairs) + 1} of the trajectory is not (x,y): {inner[place:].strip()!r:.40}"
-            )
+            raise UserError(f"point {len(pairs) + 1} of the trajectory is not (x,y): {inner[place:].strip()!r:.40}")
         pairs.append(match.groups())
         place = match.end()
         if inner[place : place + 1] == ",":

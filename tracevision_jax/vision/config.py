@@ -36,9 +36,7 @@ class QwenVisionConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 4:
-            raise ValueError(
-                f"width {self.width} over {self.heads} heads must give a multiple of 4 (2-D rotary)"
-            )
+            raise ValueError(f"width {self.width} over {self.heads} heads must give a multiple of 4 (2-D rotary)")
 
     @property
     def head_dim(self) -> int:

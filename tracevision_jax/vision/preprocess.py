@@ -288,8 +288,11 @@ def preprocess_video(
     """
     chosen = sample_frames(len(frames), frames_per_second, config)
     size = video_size(frames.shape[1], frames.shape[2], len(chosen), config)
-    rgb = np.stack([resize(frames[index], size) for index in chosen])
-    values, grid = window_patches(normalise(rgb, config.mean, config.std), config)
+    parts = []  # one temporal patch at a time, since a long video in float32 takes a gigabyte
+    for first in range(0, len(chosen), config.temporal_patch):
+        rgb = np.stack([resize(frames[index], size) for index in chosen[first : first + config.temporal_patch]])
+        parts.append(window_patches(normalise(rgb, config.mean, config.std), config))
+    values, grid = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     # The reference spreads the sampled frames evenly over the duration, whatever their exact places.
     seconds_per_frame = config.temporal_patch * len(frames) / (len(chosen) * frames_per_second)
     return Patches(values, grid, np.arange(len(values)) * seconds_per_frame, seconds_per_frame)

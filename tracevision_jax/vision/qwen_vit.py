@@ -54,9 +54,7 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, angles: Array, segments: Array) -> tuple[Array, None]:
         c = self.config
-        x = x + VisionAttention(c, name="attn")(
-            RMSNorm(c.norm_eps, name="norm1", **_options(c))(x), angles, segments
-        )
+        x = x + VisionAttention(c, name="attn")(RMSNorm(c.norm_eps, name="norm1", **_options(c))(x), angles, segments)
         normed = RMSNorm(c.norm_eps, name="norm2", **_options(c))(x)
         x = x + GatedMLP(c.mlp_width, bias=True, name="mlp", **_options(c))(normed)
         return constrain(x, "batch", None, None), None
@@ -131,9 +129,7 @@ class VisionTower(nn.Module):
         c = self.config
         batch, frames, windows, slots, patch_dim = patches.shape
         if (slots, patch_dim) != (c.slots, c.patch_dim):
-            raise ValueError(
-                f"patches of {slots} slots x {patch_dim} values; the tower has {c.slots} x {c.patch_dim}"
-            )
+            raise ValueError(f"patches of {slots} slots x {patch_dim} values; the tower has {c.slots} x {c.patch_dim}")
         if any(not 1 <= group <= c.groups for group in after_groups):
             raise ValueError(f"after_groups {after_groups}: the tower has groups 1..{c.groups}")
         row, col, inside = slot_coordinates(

@@ -27,9 +27,7 @@ def slot_coordinates(
     slot: Int[Any, "slots"],
     window_units: int,
     merge: int,
-) -> tuple[
-    Int[Any, "*frames windows slots"], Int[Any, "*frames windows slots"], Bool[Any, "*frames windows slots"]
-]:
+) -> tuple[Int[Any, "*frames windows slots"], Int[Any, "*frames windows slots"], Bool[Any, "*frames windows slots"]]:
     """Row and column of patches of every slot, and whether it lies inside the picture.
 
     `window` and `slot` are `arange`s of the two axes. Coordinates of padding mean nothing but are not
@@ -57,8 +55,6 @@ def raster_slots(row: Indices, col: Indices, cols: Indices, window_units: int, m
     return (window * window_units**2 + unit) * merge**2 + row % merge * merge + col % merge
 
 
-def raster_units(
-    unit_row: Indices, unit_col: Indices, cols: Indices, window_units: int, merge: int
-) -> Indices:
+def raster_units(unit_row: Indices, unit_col: Indices, cols: Indices, window_units: int, merge: int) -> Indices:
     """Place of a merged unit among a frame's units, given the frame's columns of patches (not of units)."""
     return raster_slots(unit_row * merge, unit_col * merge, cols, window_units, merge) // merge**2

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from tracevision_jax.weights import hashes, hugging_face, model_directory, nativ
 from tracevision_jax.weights.arrays import ArrayLeaf
 from tracevision_jax.weights.directory import check_target, new_directory
 from tracevision_jax.weights.engine import Table, flatten
-from tracevision_jax.weights.families import checked_native_config
+from tracevision_jax.weights.families import checked_native_config, load_host, recognise
 from tracevision_jax.weights.hugging_face import MAX_SHARD_BYTES, Config, Family, Leaves
 from tracevision_jax.weights.safetensors_io import (
     Progress,
@@ -93,6 +94,9 @@ def check_places(source: Path, target: Path, overwrite: bool) -> None:
     Raises:
         UserError: the target must not be written, or lies within the source or the other way round.
     """
+    for place in (source, target):
+        if place.parts and place.parts[0].endswith(":"):
+            raise UserError(f"{place} is no local directory; mount the storage, or copy from and to a local one")
     check_target(target, overwrite)
     there, here = target.resolve(), source.resolve()
     if there == here or here in there.parents or there in here.parents:
@@ -167,10 +171,7 @@ def model_to_hugging_face(source: Path, target: Path, dtype: str | None = None) 
     Raises:
         UserError: a damaged model, or one of another system.
     """
-    content = model_directory.read_config(source)
-    if content.get("system") != "tracevision":
-        raise UserError(f"{source} holds the system '{content.get('system')}'; only 'tracevision' can be exported")
-    system = from_json(TraceVisionConfig, content.get("model"), f"'model' in {source / 'config.json'}")
+    system = _system(source)
     config = system.host
     if damage := hashes.faults(source):
         raise UserError("the model is damaged; copy or export it again:\n  " + "\n  ".join(damage))
@@ -199,6 +200,37 @@ def model_to_hugging_face(source: Path, target: Path, dtype: str | None = None) 
             (folder / name).write_text(json.dumps(settings, indent=2) + "\n")
 
     return replace(conversion, finish=finish)
+
+
+def read_host_config(directory: Path) -> Config:
+    """The configuration of the host in one of our directories, converted or trained.
+
+    Raises:
+        UserError: damaged, or of another system.
+    """
+    if not model_directory.is_model(directory):
+        return checked_native_config(directory, recognise(directory).family)
+    return _system(directory).host
+
+
+def read_host_params(directory: Path, dtype: str) -> dict[str, Any]:
+    """The parameters of the host in one of our directories, converted or trained, on the first device.
+
+    Raises:
+        UserError: see `families.load_host` and `model_directory.load_model`.
+    """
+    if not model_directory.is_model(directory):
+        return load_host(directory, dtype=dtype)[1]
+    paths = [path for path in model_directory.read_shapes(directory) if path.startswith(HOST)]
+    _, params = model_directory.load_model(directory, paths=paths)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params[HOST.removesuffix("/")])
+
+
+def _system(directory: Path) -> TraceVisionConfig:
+    content = model_directory.read_config(directory)
+    if content.get("system") != "tracevision":
+        raise UserError(f"{directory} holds the system '{content.get('system')}'; only 'tracevision' can be exported")
+    return from_json(TraceVisionConfig, content.get("model"), f"'model' in {directory / 'config.json'}")
 
 
 def _export(

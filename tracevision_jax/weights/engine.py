@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.weights.copying import copy_into
@@ -208,24 +209,14 @@ def _compare(wanted: Mapping[str, Shape], found: Mapping[str, Shape], whole: str
         raise CheckpointMismatch(whole, missing, unexpected, misshaped)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dictionaries -> {path: leaf}."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
+    return traverse_util.flatten_dict(dict(tree), sep="/")
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """{path: leaf} -> nested dictionaries."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def _product(lengths: Iterable[int]) -> int:

@@ -23,7 +23,8 @@ import numpy as np
 from tracevision_jax.errors import UserError
 from tracevision_jax.weights.arrays import ArrayBuilder, ShardingOf, first_device
 from tracevision_jax.weights.engine import unflatten
-from tracevision_jax.weights.safetensors_io import Progress, SafetensorsSource, WrittenFile, sha256_of
+from tracevision_jax.weights.hashes import sha256
+from tracevision_jax.weights.safetensors_io import Progress, SafetensorsSource, WrittenFile
 
 MANIFEST = "tracevision.json"
 WEIGHTS_STEM = "tracevision"
@@ -89,7 +90,7 @@ def open_weights(directory: str | Path, manifest: Manifest, check_hashes: bool =
     source = SafetensorsSource(paths)
     if check_hashes:
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(sha256_of, paths))
+            digests = list(pool.map(sha256, paths))
         changed = [
             str(path) for path, digest in zip(paths, digests, strict=True) if digest != manifest.sha256[path.name]
         ]

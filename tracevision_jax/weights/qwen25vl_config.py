@@ -32,8 +32,8 @@ def read_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwe
         )
     try:
         ours = Qwen25VLConfig.from_hf(config)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"config.json describes an impossible model: {error}") from error
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise UserError(f"config.json describes an impossible model: {error!r}") from error
     ends, pad = generation.get("eos_token_id"), generation.get("pad_token_id")
     if ends is not None:
         ours = replace(ours, end_tokens=(ends,) if isinstance(ends, int) else tuple(ends))

@@ -41,6 +41,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""
 
@@ -150,6 +151,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if prefix == LFS_POINTER[:8]:
+                raise _Damaged("a Git LFS pointer instead of the file: fetch it with 'git lfs pull'")
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise _Damaged(f"no safetensors header, or a truncated one (the file has {size} bytes)")
             header = json.loads(file.read(length))
@@ -284,9 +287,3 @@ def _write_file(path: Path, plans: Sequence[TensorPlan], progress: Progress | No
         os.fsync(file.fileno())
     tensors = tuple(plan.name for plan in plans)
     return WrittenFile(path.name, 8 + len(header) + place, digest.hexdigest(), tensors)
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
