@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from evaluation.task import Prompt, Record, Samples, Table, Task
 from tracevision_jax.errors import UserError
 from tracevision_jax.inference.answers import Answer
-from tracevision_jax.inference.engine import Engine, bucket_of
+from tracevision_jax.inference.buckets import bucket_of
+from tracevision_jax.inference.engine import Engine
 from tracevision_jax.records.batch import Bucket
 from tracevision_jax.records.processor import Piece, Processor
 from tracevision_jax.records.sample import BadRecord, Sample

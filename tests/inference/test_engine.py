@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +16,8 @@ from tests.inference import tiny
 from tests.inference.tiny import ROOMY, forced_masks
 from tracevision_jax.errors import UserError
 from tracevision_jax.inference.attention import block_attention
-from tracevision_jax.inference.engine import Engine, Sampling, bucket_of, bucket_size
+from tracevision_jax.inference.buckets import bucket_of, bucket_size, plan_batches
+from tracevision_jax.inference.engine import Engine, Sampling
 from tracevision_jax.records.batch import Bucket
 from tracevision_jax.records.collate import collate
 from tracevision_jax.records.sample import Conversation, MaskPart, Turn
@@ -129,7 +131,7 @@ def test_attention_maps_lie_over_the_picture_as_its_units_do():
     piece = tiny.piece(4, "the star", points=2, frames=4, height=16, width=24)
     (rows, columns), frames, windows = (piece.grid[0] // 2).tolist(), len(piece.grid) + 1, piece.patches.shape[1] + 2
     grid = np.concatenate([piece.grid, np.zeros((1, 2), np.int32)])[None]
-    centres, _ = (np.asarray(x) for x in unit_centres(grid, windows, 2, 2))
+    centres, _ = (np.asarray(x) for x in unit_centres(jnp.asarray(grid), windows, 2, 2))
     places = np.arange(frames)[:, None] * 100 + centres[0] @ [columns, 10 * rows]  # frame, column, row in one number
     weights = np.zeros((3, 4, 5, places.size), np.float32)  # rows of the batch, heads, points, units
     weights[0] = places.reshape(-1) + 1000 * np.arange(5)[:, None]
@@ -157,6 +159,17 @@ def test_a_prompt_takes_the_first_bucket_with_room_or_one_of_its_own():
     assert taken == dataclasses.replace(small, conversations=1, masks=0)
     own = bucket_of(tiny.piece(3, height=24, width=32), [small])
     assert (own.windows, own.points, own.conversations) == (4, 0, 1)
+
+
+def test_batches_are_of_one_bucket_and_hold_every_prompt_once():
+    pieces = [tiny.unlike_pieces()[number % 6] for number in range(14)]
+    plans = plan_batches(pieces, rows=3, holders=4)
+    assert sorted(number for plan in plans for number in plan.numbers) == list(range(14))
+    for plan in plans:
+        assert plan.rows == 4 and {bucket_of(pieces[number]) for number in plan.numbers} == {plan.bucket}
+    assert [plan.bucket for plan in plans] == sorted((plan.bucket for plan in plans), reverse=True)
+    assert [plan.rows for plan in plan_batches(pieces[:1] * 70)] == [64, 64]
+    assert [plan.rows for plan in plan_batches(pieces[:1] * 5)] == [8]
 
 
 def test_another_tokenizer_is_refused():

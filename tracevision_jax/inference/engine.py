@@ -4,11 +4,10 @@
     pieces = [processor.piece(sample, [conversation], answer=False) for ...]
     answers = engine.generate(pieces, max_new_tokens=64)
 
-Prompts are sorted into buckets (tokens, frames, windows, trajectory points) and padded, so that a program is
-compiled once a bucket; padding changes no answer. Of each batch the frames are encoded and fused with the
-traces (TVP) by one jitted program, `hosts/generation.py` writes the answers, and the pixel decoder makes the
-masks from the hidden states at the slots that follow each `[SEG]`. Under a mesh rows are split over `data`
-and `fsdp`.
+Prompts are sorted into buckets (`buckets.py`) and padded, so that a program is compiled once a bucket; padding changes
+no answer. Of each batch the frames are encoded and fused with the traces (TVP) by one jitted program,
+`hosts/generation.py` writes the answers, and the pixel decoder makes the masks from the hidden states at the slots that
+follow each `[SEG]`. Under a mesh rows are split over `data` and `fsdp`.
 """
 
 import contextlib
@@ -32,6 +31,7 @@ from tracevision_jax.hosts.grammar import Grammar, answer_grammar
 from tracevision_jax.hosts.sampling import SamplingSettings, sampling_settings
 from tracevision_jax.inference.answers import Answer, AnswerPart, Mask, MaskPlace, read_tokens, readable
 from tracevision_jax.inference.attention import BlockAttention, block_attention
+from tracevision_jax.inference.buckets import BatchPlan, plan_batches, power_of_two
 from tracevision_jax.language.model import LanguageModel
 from tracevision_jax.layers.sharding import activation_sharding
 from tracevision_jax.parallel.mesh import BATCH_AXES, batch_sharding
@@ -42,8 +42,6 @@ from tracevision_jax.records.processor import Piece
 from tracevision_jax.records.vocabulary import SLOTS, Vocabulary
 from tracevision_jax.systems.tracevision import TraceVisionConfig, TraceVisionModel
 
-LEAST_TOKENS, LEAST_POINTS = 64, 8
-MAX_ROWS = 64
 MASKS_AT_ONCE = 16
 """Masks of a row that the pixel decoder makes in one call; more come in several."""
 STREAM_EVERY = 8
@@ -76,41 +74,6 @@ class Encoded(NamedTuple):
     embeddings: Float[Array, "B T width"]
     shallow: Float[Array, "B F places visual"]
     deep: Float[Array, "B F places visual"]
-
-
-class _Plan(NamedTuple):
-    """A batch to be made: which prompts, in which bucket, of how many rows."""
-
-    numbers: tuple[int, ...]
-    bucket: Bucket
-    rows: int
-
-
-def bucket_size(needed: int, least: int = 1) -> int:
-    """The smallest allowed size that holds `needed`: four sizes an octave, from `least` up."""
-    if needed <= least:
-        return least
-    step = max(1, 2 ** math.ceil(math.log2(needed)) // 8)
-    return -(-needed // step) * step
-
-
-def bucket_of(piece: Piece, buckets: Sequence[Bucket] = ()) -> Bucket:
-    """The first of `buckets` with room for a prompt, or else one made for it."""
-    tokens, frames, windows, conversations, points, _ = piece.resources
-    if conversations != 1:
-        raise ValueError(f"a prompt holds one conversation, not {conversations}")
-    for bucket in buckets:
-        room = (bucket.tokens, bucket.frames, bucket.windows, bucket.points)
-        if all(need <= has for need, has in zip((tokens, frames, windows, points), room, strict=True)):
-            return dataclasses.replace(bucket, conversations=1, masks=0)
-    return Bucket(
-        tokens=bucket_size(tokens, LEAST_TOKENS),
-        frames=bucket_size(frames),
-        windows=bucket_size(windows),
-        conversations=1,
-        points=bucket_size(points, LEAST_POINTS) if points else 0,
-        masks=0,
-    )
 
 
 class Engine:
@@ -257,28 +220,17 @@ class Engine:
             maps = jax.device_get(self._maps(self.params, self._placed([piece], plan)))
         return block_attention(maps, piece, plan.bucket.windows * vision.window_units**2, vision)
 
-    def plan(self, pieces: Sequence[Piece], rows: int | None = None) -> list[_Plan]:
-        """Sort prompts into batches of one bucket each, the largest first, where memory runs out if ever."""
-        members: dict[Bucket, list[int]] = {}
-        for number, piece in enumerate(pieces):
-            members.setdefault(bucket_of(piece, self.buckets), []).append(number)
+    def plan(self, pieces: Sequence[Piece], rows: int | None = None) -> list[BatchPlan]:
+        """Which prompts are answered together, in which bucket; rows are shared evenly by the devices."""
         holders = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-        plans = []
-        for bucket in sorted(members, reverse=True):
-            numbers = members[bucket]
-            size = rows or min(MAX_ROWS, 2 ** math.ceil(math.log2(len(numbers))))
-            size = -(-size // holders) * holders
-            plans += [
-                _Plan(tuple(numbers[first : first + size]), bucket, size) for first in range(0, len(numbers), size)
-            ]
-        return plans
+        return plan_batches(pieces, self.buckets, rows, holders)
 
-    def _encoded(self, pieces: Sequence[Piece], plan: _Plan) -> tuple[Batch, Encoded]:
+    def _encoded(self, pieces: Sequence[Piece], plan: BatchPlan) -> tuple[Batch, Encoded]:
         batch = self._placed(pieces, plan)
         with self._layouts():
             return batch, self._encode(self.params, batch)
 
-    def _placed(self, pieces: Sequence[Piece], plan: _Plan) -> Batch:
+    def _placed(self, pieces: Sequence[Piece], plan: BatchPlan) -> Batch:
         """The batch of a plan on the devices, rows without a prompt empty."""
         rows = [[piece] for piece in pieces] + [[]] * (plan.rows - len(pieces))
         batch = collate(rows, plan.bucket, self.config.processor)
@@ -325,7 +277,7 @@ class Engine:
         most = max((len(row) for row in wanted), default=0)
         if not most:
             return [[] for _ in places]
-        size = min(MASKS_AT_ONCE, 2 ** math.ceil(math.log2(most)))
+        size = min(MASKS_AT_ONCE, power_of_two(most))
         rows = len(result.tokens)
         slots = np.zeros((rows, -(-most // size) * size), np.int32)
         frame = np.zeros_like(slots)
@@ -380,7 +332,7 @@ def _masks(
     return jnp.asarray(model.apply({"params": params}, shallow, deep, grid, seg, frame, method="masks"))
 
 
-def _lengths(pieces: Sequence[Piece], plan: _Plan) -> np.ndarray:
+def _lengths(pieces: Sequence[Piece], plan: BatchPlan) -> np.ndarray:
     lengths = np.zeros(plan.rows, np.int32)
     for row, number in enumerate(plan.numbers):
         lengths[row] = len(pieces[number].conversations[0].tokens)
