@@ -55,8 +55,8 @@ def run(args: Args) -> int:
             if not _train(stage, args, args.out / before if before else None):
                 return 130
     with clock.measure("evaluation"):
-        held_out = _held_out(args.out / "held_out", args.samples)
-        evaluated = _evaluate(model, held_out, args.out / "evaluation")
+        held_out = held_out_scenes(args.out / "held_out", args.samples)
+        evaluated = evaluate(model, held_out, args.out / "evaluation")
     with clock.measure("report"):
         page, metrics = _report(args, model, evaluated, held_out, clock.seconds)
     for name, target in metrics["targets"].items():
@@ -86,7 +86,7 @@ def _train(stage: str, args: Args, init_from: Path | None) -> bool:
     return train(recipe).finished
 
 
-def _held_out(folder: Path, count: int) -> "LocalizedNarratives":
+def held_out_scenes(folder: Path, count: int) -> "LocalizedNarratives":
     """Held-out scenes, written as Localized Narratives and read back by their reader."""
     from configs.benchmarks import QUESTIONS
     from configs.tracevision_demo import SCENES
@@ -99,7 +99,7 @@ def _held_out(folder: Path, count: int) -> "LocalizedNarratives":
     return LocalizedNarratives([str(narratives)], folder, "coco", cache=folder / "cache")
 
 
-def _evaluate(model: Path, held_out: "LocalizedNarratives", out: Path) -> "list[Evaluated]":
+def evaluate(model: Path, held_out: "LocalizedNarratives", out: Path) -> "list[Evaluated]":
     """Every task with its controls."""
     from data_loaders.synthetic.config import COLOURS, SHAPES
     from evaluation.grounding_tasks import ReferBox, ReferSegment, TraceSegment

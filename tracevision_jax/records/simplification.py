@@ -23,10 +23,12 @@ class Simplification:
     epsilon_px: float = BASE_EPSILON_PX
     """Tolerance of a phrase of importance 5, or of the whole trace where it has no words or the method is plain."""
     keypoints: int = 0
-    """Exactly so many keypoints instead of a tolerance; needed for "uniform"."""
+    """Exactly so many keypoints instead of a tolerance; "uniform" needs this or `as_semantic`."""
+    as_semantic: bool = False
+    """As many keypoints of each trace as the semantic method leaves: methods at one compression (App. E.6)."""
 
     def __post_init__(self):
-        if self.method == "uniform" and self.keypoints < 1:
+        if self.method == "uniform" and self.keypoints < 1 and not self.as_semantic:
             raise UserError("Simplification 'uniform' needs a number of keypoints.")
 
 
@@ -41,6 +43,10 @@ def simplify_trace(
     caption = " ".join(word.text for word in words)
     if how.method == "none":
         return points
+    if how.as_semantic and how.method != "semantic":
+        semantic = dataclasses.replace(how, method="semantic", as_semantic=False)
+        count = len(simplify_trace(points, words, size, semantic, phrases))
+        return to_count(points, how.method, max(count, 2), size)
     if how.keypoints:
         spoken = how.method == "semantic" and words
         method = how.method if spoken or how.method != "semantic" else "plain"
