@@ -1,6 +1,6 @@
 """A training program for `test_kill.py`: the tiny system on the real pipeline, a moment for every step.
 
-python -m tests.training.train_tiny FOLDER
+python -m tests.training.train_tiny FOLDER WORKERS
 """
 
 import sys
@@ -53,7 +53,7 @@ def collate(rows, bucket):
     return batch
 
 
-def main(directory: str) -> None:
+def main(directory: str, workers: int) -> None:
     """Train, or continue."""
     resources = np.ones((RECORDS, 6), int)
     resources[:, 0] = [3 + index % 4 for index in range(RECORDS)]
@@ -66,8 +66,9 @@ def main(directory: str) -> None:
         optimizer=OptimizerConfig(learning_rate=1e-2),
         checkpoint=CheckpointConfig(every=10, keep=2),
     )
-    fit(TinySystem(), recipe, Pipeline(plan, [Records()], make_row, collate, STEPS), directory)
+    pipeline = Pipeline(plan, [Records()], make_row, collate, STEPS, workers=workers)
+    fit(TinySystem(), recipe, pipeline, directory)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))
