@@ -5,8 +5,8 @@
     make_row = RowMaker(processor)
     row = make_row([records[17], records[40]])      # two samples packed into one row
 
-A task entry names a template, or several joined by "+" into one dialogue about the sample. `resource_table` bounds what
-each record takes of a bucket from its sizes alone, for the epoch plan.
+A task entry names a template, or several joined by "+" into one dialogue about the sample, in random order.
+`resource_table` bounds what each record takes of a bucket from its sizes alone, for the epoch plan.
 """
 
 import dataclasses
@@ -79,7 +79,9 @@ class ConversationRecords:
         rng = np.random.default_rng((self.seed, index))
         groups = parse_tasks(self.tasks) or tuple((task,) for task in sorted(sample.tasks))
         built = iter(templates.build_all(sample, [name for group in groups for name in group], rng))
-        return sample, [templates.join([next(built) for _ in group]) for group in groups]
+        dialogues = [[next(built) for _ in group] for group in groups]
+        # Any of the questions may come first, as it does when it is asked alone.
+        return sample, [templates.join([parts[k] for k in rng.permutation(len(parts))]) for parts in dialogues]
 
     def fingerprint(self) -> str:
         """Changes whenever a record does."""
