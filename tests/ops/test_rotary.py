@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from tracevision_jax.ops.rotary import (
     apply_rotary,
@@ -53,3 +54,12 @@ def test_the_result_keeps_the_dtype_but_is_computed_in_float32(rng):
     assert turned.dtype == jnp.bfloat16
     exact = apply_rotary(x.astype(jnp.float32), angles)
     np.testing.assert_array_equal(turned, exact.astype(jnp.bfloat16))
+
+
+def test_frequencies_equal_those_of_the_public_implementations_to_the_last_bit_but_one():
+    for channels, theta in ((128, 1e6), (40, 1e4), (64, 1e4)):
+        exponent = torch.arange(0, channels, 2, dtype=torch.float) / channels
+        theirs = (1.0 / (theta**exponent)).numpy()
+        ours = inverse_frequencies(channels, theta)
+        assert (ours != theirs).sum() <= 1  # torch's own power is not always the nearest float
+        np.testing.assert_allclose(ours, theirs, rtol=1.3e-7)
