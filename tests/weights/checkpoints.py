@@ -9,8 +9,8 @@ from tests.hosts.qwen25vl_reference import TINY, reference_model
 
 SIDE_FILES = {
     "tokenizer_config.json": json.dumps({"model_max_length": 77}),
-    "preprocessor_config.json": json.dumps({"patch_size": 8, "min_pixels": 1024, "max_pixels": 40_000}),
-    "video_preprocessor_config.json": json.dumps({"size": {"shortest_edge": 2048, "longest_edge": 20_000}}),
+    "preprocessor_config.json": json.dumps({"patch_size": 8, "min_pixels": 1024, "max_pixels": 16_000}),
+    "video_preprocessor_config.json": json.dumps({"size": {"shortest_edge": 2048, "longest_edge": 8_000}}),
     "merges.txt": "a b\n",
     "chat_template.jinja": "{{ messages }}",
     "LICENSE": "a licence",

@@ -75,7 +75,7 @@ def test_damage_is_found(model):
 
 def test_what_is_no_model_is_refused(model, tmp_path):
     assert is_model(model) and not is_model(tmp_path)
-    with pytest.raises(UserError, match=r"needs config.json and params/"):
+    with pytest.raises(UserError, match="is no checkpoint"):
         load_model(tmp_path)
     with pytest.raises(UserError, match="has no parameter nothing"):
         load_model(model, paths=["nothing"])

@@ -36,7 +36,7 @@ def write_tokenizer(folder) -> None:
 
 def write_model(folder, host, params) -> None:
     """A trained model of which only the host and one other parameter are there, with its tokenizer's folder."""
-    vision = VisionInputConfig(min_pixels=2048, max_pixels=50_000)
+    vision = VisionInputConfig(min_pixels=2048, max_pixels=16_000, video_min_pixels=2048, video_max_pixels=8_000)
     system = tracevision_config(host, 300, processor={"coordinates": "digits", "vision": vision})
     assert system.host.language.added_tokens == ADDED
     model_directory.save_model(
@@ -97,7 +97,7 @@ def test_the_host_of_a_trained_model_becomes_a_hugging_face_directory(trained, t
     np.testing.assert_array_equal(found["lm_head.weight"][300:], params["language"]["added"]["head"])
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the video")["input_ids"] == [3, 4]
     processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "out")
-    assert (processor.patch_size, dict(processor.size)) == (4, {"shortest_edge": 2048, "longest_edge": 50_000})
+    assert (processor.patch_size, dict(processor.size)) == (4, {"shortest_edge": 2048, "longest_edge": 16_000})
 
 
 def test_damaged_models_and_other_systems_are_refused(trained, tmp_path):

@@ -288,7 +288,7 @@ def preprocess_video(
     """
     chosen = sample_frames(len(frames), frames_per_second, config)
     size = video_size(frames.shape[1], frames.shape[2], len(chosen), config)
-    parts = []  # one temporal patch at a time, since a long video in float32 takes a gigabyte
+    parts = []  # one temporal patch at a time: the whole of a long video in float32 takes a gigabyte more than once
     for first in range(0, len(chosen), config.temporal_patch):
         rgb = np.stack([resize(frames[index], size) for index in chosen[first : first + config.temporal_patch]])
         parts.append(window_patches(normalise(rgb, config.mean, config.std), config))
