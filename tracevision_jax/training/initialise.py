@@ -9,7 +9,6 @@ whose result replaces what was drawn.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ import jax
 from tracevision_jax.errors import UserError
 from tracevision_jax.systems.protocol import Params, System
 from tracevision_jax.training.parameters import flatten, unflatten
-from tracevision_jax.weights import model_directory
-from tracevision_jax.weights.families import load_host, read_host_shapes
+from tracevision_jax.weights.model_directory import is_model, load_model, read_shapes
 
 HOST = "host/"
 
@@ -31,16 +29,6 @@ class Initialisation:
 
     params: Params
     report: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Start:
-    """A checkpoint to start from."""
-
-    shapes: dict[str, Any]
-    """{path: shape and dtype} of what it holds."""
-    read: Callable[[Callable[[str, tuple[int, ...]], jax.sharding.Sharding], list[str]], Params]
-    """(where each path goes, paths) -> nested dictionaries."""
 
 
 def initialise(system: System, seed: int, shardings: Params, directory: str | Path = "") -> Initialisation:
@@ -58,7 +46,7 @@ def initialise(system: System, seed: int, shardings: Params, directory: str | Pa
     shapes = flatten(jax.eval_shape(system.init, jax.random.key(seed)))
     places = flatten(shardings)
     start = find_start(directory) if directory else None
-    given = match(shapes, start.shapes, str(directory)) if start else {}
+    given = match(shapes, read_shapes(start), str(directory)) if start else {}
     drawn = [path for path in shapes if path not in given]
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
@@ -71,7 +59,7 @@ def initialise(system: System, seed: int, shardings: Params, directory: str | Pa
         leaves = dict(jax.jit(draw, out_shardings=place)(jax.random.key(seed)))
     if start:
         ours = {theirs: path for path, theirs in given.items()}
-        read = start.read(lambda path, _: places[ours[path]], list(given.values()))
+        _, read = load_model(start, lambda path, _: places[ours[path]], given.values())
         for theirs, leaf in flatten(read).items():
             path = ours[theirs]
             leaves[path] = leaf.astype(shapes[path].dtype)
@@ -87,18 +75,14 @@ def initialise(system: System, seed: int, shardings: Params, directory: str | Pa
     return Initialisation(params, describe(list(shapes), set(given), str(directory)))
 
 
-def find_start(directory: str | Path) -> Start:
-    """Open what a run starts from; UserError when it is none of the kinds that the module's text names."""
+def find_start(directory: str | Path) -> Path:
+    """The folder that holds the parameters; UserError when a run has not exported its model yet."""
     directory = Path(directory)
-    model = next((place for place in (directory, directory / "model") if model_directory.is_model(place)), None)
-    if model is not None:
-        return Start(
-            model_directory.read_shapes(model),
-            lambda sharding, paths: model_directory.load_model(model, sharding, paths)[1],
-        )
+    if is_model(directory / "model"):
+        return directory / "model"
     if (directory / "checkpoints").is_dir():
         raise UserError(f"{directory} is a run that has not exported its model yet: let it end first.")
-    return Start(read_host_shapes(directory), lambda sharding, paths: load_host(directory, sharding, paths=paths)[1])
+    return directory
 
 
 def match(shapes: dict[str, Any], stored: dict[str, Any], directory: str) -> dict[str, str]:
