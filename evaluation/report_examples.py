@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
+from evaluation.metrics.run_lengths import parse
 from evaluation.report_page import Card, Line, Section
 from evaluation.report_pictures import Images
 from evaluation.sweep import Outcome
@@ -197,10 +198,9 @@ class Shown:
 
 def decode_mask(run_lengths: dict[str, Any]) -> Bool[np.ndarray, "height width"]:
     """A mask from COCO run lengths."""
-    from pycocotools import mask as coco
-
-    packed: Any = {**run_lengths, "counts": run_lengths["counts"].encode("ascii")}
-    return np.asarray(coco.decode(packed), bool)
+    runs = parse(run_lengths)
+    values = np.arange(len(runs.ends)) % 2 == 1
+    return np.repeat(values, np.diff(runs.ends, prepend=0)).reshape(runs.width, runs.height).T
 
 
 def _verdict(right: bool) -> str:

@@ -1,16 +1,15 @@
 """The report as one HTML page: what stands on it as plain records, and `render`, which writes them.
 
-    html = render(Page(title="...", sections=(Section("attention", "Attention", cards=(...)), ...), ...))
+    html = render(Page(title="...", figures=(Section("attention", "Attention maps", cards=(...)),), ...))
 
-The template escapes everything but the charts, which `report_curves.py` makes from numbers. The style sheet is
-written into the page, pictures are files beside it, and there is no script: the page needs no network.
+The template escapes everything but the charts, which `report_curves.py` makes and escapes itself, and the style sheet,
+which is written into the page; pictures are files beside it, and there is no script: the page needs no network.
 """
 
 from dataclasses import dataclass
 from importlib import resources
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 TEMPLATE, STYLE = "report.html.jinja", "report.css"
 
@@ -106,7 +105,6 @@ def render(page: Page) -> str:
     """The page as HTML."""
     files = resources.files("evaluation")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["drawn"] = Markup
     template = environment.from_string(files.joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    style = Markup(files.joinpath(STYLE).read_text(encoding="utf-8"))
+    style = files.joinpath(STYLE).read_text(encoding="utf-8")
     return template.render(page=page, style=style)
