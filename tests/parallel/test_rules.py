@@ -1,5 +1,7 @@
 """Sharding rules: every parameter has one, and what does not divide is refused."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ from jax.sharding import PartitionSpec as P
 from tests.parallel.small_tracevision import small_system
 from tests.training.tiny import TinySystem
 from tracevision_jax.errors import UserError
+from tracevision_jax.hosts.qwen25vl import preset
 from tracevision_jax.parallel.mesh import MeshConfig, make_mesh
 from tracevision_jax.parallel.rules import PARAMETERS, partition_specs, shard_params, spec_of
-from tracevision_jax.training.parameters import flatten
+from tracevision_jax.systems.tracevision import TraceVision, tracevision_config
+from tracevision_jax.training.parameters import count, flatten
 
 SIZES = {"data": 1, "fsdp": 2, "tensor": 2, "context": 1}
 
@@ -29,6 +33,20 @@ def test_every_parameter_of_tracevision_has_a_rule_and_the_large_ones_are_cut():
         if path.endswith(("kernel", "embedding", "head")) and not any(spec) and "decoder/" not in path
     ]
     assert whole == []
+
+
+@pytest.mark.parametrize(
+    ("size", "fsdp", "tensor"), [("3b", 16, 2), ("7b", 16, 1), ("7b", 64, 4), ("32b", 256, 1), ("72b", 64, 4)]
+)
+def test_every_released_size_fits_the_meshes_that_it_is_trained_on(size, fsdp, tensor):
+    shapes = shapes_of(TraceVision(tracevision_config(preset(size), 151_665)))
+    specs = flatten(partition_specs(shapes, {"data": 1, "fsdp": fsdp, "tensor": tensor, "context": 1}, PARAMETERS))
+    slices = {"fsdp": fsdp, "tensor": tensor}
+    held = sum(
+        leaf.size / math.prod(slices[axis] for axis in specs[path] if axis) for path, leaf in flatten(shapes).items()
+    )
+    # Beyond an equal share a device holds the decoder (at most 12.5 M, 14.5 M at 72B's width) and the norms.
+    assert held - count(shapes) / (fsdp * tensor) < 18e6
 
 
 def test_leading_axes_of_scans_stay_whole():

@@ -49,7 +49,9 @@ VISION: tuple[Rule, ...] = (
 )
 
 TVP: tuple[Rule, ...] = (
-    (r"tvp/.*/(q|k|v|place)/kernel$", P("fsdp", "tensor", None)),
+    (r"tvp/.*/(q|k|v)/kernel$", P("fsdp", "tensor", None)),
+    (r"tvp/.*/place/kernel$", P(None, "tensor", None)),
+    (r"tvp/[xy]_bins$", P(None, "fsdp")),
     (r"tvp/.*/o/kernel$", P("tensor", None, "fsdp")),
     (r"tvp/.*/ffn_in/kernel$", P("fsdp", "tensor")),
     (r"tvp/.*/ffn_out/kernel$", P("tensor", "fsdp")),
