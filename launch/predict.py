@@ -132,12 +132,14 @@ def _answer(model: "TraceVisionInference", args: Args) -> tuple["Answer", Any, l
     """The answer, what it is about, and the traces that were shown."""
     from tracevision_jax.inference.dialogue import conversation_of
     from tracevision_jax.inference.engine import Sampling
-    from tracevision_jax.inference.media import read_trace
+    from tracevision_jax.inference.media import read_trace, read_video
     from tracevision_jax.records import templates
     from tracevision_jax.records.sample import TracePart
 
-    media = args.video or (args.image[0] if len(args.image) == 1 else list(args.image))
-    sample = model.read(media)
+    if args.video is not None:
+        sample = model.read(*read_video(args.video, model.system.config.processor.vision.frames_per_second))
+    else:
+        sample = model.read(args.image[0] if len(args.image) == 1 else list(args.image))
     traces = [read_trace(path) for path in args.trace]
     special, force = model.engine.vocabulary, []
     if args.caption is not None:

@@ -86,7 +86,7 @@ def read_video(
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise UserError(f"{path} has no pictures, only {len(container.streams)} other streams")
+                raise UserError(f"the video {path} holds no pictures, only sound or text")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             rate = float(stream.average_rate or stream.guessed_rate or 0)
