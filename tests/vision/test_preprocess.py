@@ -3,9 +3,12 @@
 import io
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tracevision_jax.errors import UserError
@@ -302,3 +305,41 @@ def test_settings_are_written_so_that_the_reference_processor_reads_them(tmp_pat
     theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=[picture], return_tensors="np")
     ours = preprocess_image(picture, config)
     np.testing.assert_array_equal(to_block_major(ours.values, ours.grid, config), theirs["pixel_values"])
+
+
+@given(
+    height=st.integers(0, 700),
+    width=st.integers(0, 700),
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"]),
+)
+def test_any_picture_is_either_refused_or_cut_into_whole_units_within_the_limits(height, width, mode):
+    config = VisionInputConfig(max_pixels=100 * 28 * 28)
+    try:
+        patches = preprocess_image(Image.new(mode, (width, height), 1), config)
+    except UserError:
+        assert min(height, width) == 0 or max(height, width) > 200 * min(height, width)
+        return
+    rows, columns = patches.grid[0]
+    assert rows % 2 == columns % 2 == 0 and rows * columns >= 16
+    # The upper limit gives way only where a side would vanish.
+    assert rows * columns <= 400 or 2 in (rows, columns)
+    assert np.isfinite(patches.values).all()
+
+
+@given(data=st.data())
+def test_any_damage_to_a_picture_file_is_a_picture_or_a_user_error(data):
+    encoded = io.BytesIO()
+    Image.fromarray(noise(24, 31)).save(
+        encoded, data.draw(st.sampled_from(["png", "jpeg", "gif", "bmp", "tiff", "webp"]))
+    )
+    content = bytearray(encoded.getvalue())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=8)):
+        content[place] ^= data.draw(st.integers(1, 255))
+    content = bytes(content[: data.draw(st.integers(0, len(content)))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own, about the damage
+        try:
+            rgb = read_image(content)
+        except UserError:
+            return
+    assert rgb.ndim == 3 and rgb.shape[2] == 3 and rgb.dtype == np.uint8

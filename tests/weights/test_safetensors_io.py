@@ -2,10 +2,14 @@
 
 import json
 import struct
+import tempfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -191,3 +195,22 @@ def test_the_index_must_agree_with_the_files(tmp_path):
     index.write_text("{")
     with pytest.raises(UserError, match="damaged"):
         find_safetensors(tmp_path)
+
+
+@given(data=st.data())
+def test_any_damage_to_the_header_is_refused_or_harmless(data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        save_file({"a": np.arange(4, dtype=np.float32), "b": np.zeros((2, 3), np.int32)}, path)
+        content = bytearray(path.read_bytes())
+        header = 8 + struct.unpack("<Q", content[:8])[0]
+        for place in data.draw(st.lists(st.integers(0, header - 1), min_size=1, max_size=4)):
+            content[place] = data.draw(st.integers(0, 255))
+        path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+        try:
+            source = SafetensorsSource([path])
+        except UserError as error:
+            assert "x.safetensors" in str(error)
+            return
+        for name, info in source.tensors.items():
+            assert source.read(name).nbytes == info.bytes

@@ -4,6 +4,7 @@ A source lists its tensors without reading them and then reads one at a time. Py
 imported only for its own files and tensors; those are unpickled with `weights_only=True`, which runs no code.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Its size."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @runtime_checkable
