@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tracevision_jax.layers.basic import REMAT_POLICIES, GatedMLP, RMSNorm, rematerialised, scanned
+from tracevision_jax.layers.basic import (
+    REMAT_POLICIES,
+    GatedMLP,
+    RMSNorm,
+    projection,
+    rematerialised,
+    scanned,
+)
 
 
 def test_rms_norm_takes_its_statistics_in_float32():
@@ -68,3 +75,19 @@ def test_every_remat_policy_gives_the_same_gradients(key, policy):
 def test_an_unknown_remat_policy_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="no remat policy 'all'; known are none, full, dots"):
         rematerialised(Body, "all")
+
+
+def test_a_projection_is_the_same_with_its_rows_merged_or_not(rng, monkeypatch):
+    x = jnp.asarray(rng.standard_normal((2, 3, 4, 5)), jnp.float32)
+    module = projection("o", (6, 2), dtype=jnp.float32, param_dtype=jnp.float32, axis=(-2, -1))
+    params = module.init(jax.random.key(0), x)
+    assert params["params"]["kernel"].shape == (4, 5, 6, 2)
+
+    def result_and_gradients():
+        run = jax.value_and_grad(lambda p, x: jnp.square(module.apply(p, x)).sum(), argnums=(0, 1))
+        return module.apply(params, x), run(params, x)
+
+    merged = result_and_gradients()
+    monkeypatch.setattr("tracevision_jax.layers.basic.leading_axes_merge", lambda: False)
+    assert merged[0].shape == (2, 3, 6, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), merged, result_and_gradients())

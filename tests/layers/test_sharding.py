@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from tracevision_jax.layers.sharding import activation_sharding, constrain, layout
+from tracevision_jax.layers.sharding import activation_sharding, constrain, layout, leading_axes_merge, may_merge
 
 RULES = {"batch": ("data", "fsdp"), "heads": "tensor", "kv_heads": "tensor", "width": None, "mlp": "tensor"}
 MESH = AbstractMesh((2, 2, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -34,6 +34,14 @@ def test_constrain_pins_the_layout_inside_jit():
         traced = jax.jit(lambda x: constrain(x, "batch", "mlp") + 1).trace(jnp.ones((4, 8)))
     assert "sharding_constraint" in str(traced.jaxpr)
     np.testing.assert_array_equal(traced.lower().compile()(jnp.ones((4, 8))), 2)
+
+
+def test_leading_axes_merge_unless_one_after_the_first_is_split():
+    assert leading_axes_merge()
+    split, whole = (dict(RULES, tokens=axis) for axis in ("tensor", "data"))
+    mesh = AbstractMesh((1, 2, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    assert not may_merge(mesh, split)
+    assert may_merge(mesh, whole)
 
 
 def test_names_that_do_not_exist_are_refused():

@@ -56,14 +56,16 @@ def activation_sharding(mesh: Mesh, rules: Rules, platform: str | None = None) -
         _active.reset(token)
 
 
+def may_merge(mesh: Mesh | AbstractMesh, rules: Rules) -> bool:
+    """Whether no axis that follows an array's first (tokens, frames, windows, slots) is split over the mesh."""
+    inner = ("tokens", "frames", "windows", "slots")
+    return all(mesh.shape[axis] == 1 for name in inner for axis in _mesh_axes(rules, name))
+
+
 def leading_axes_merge() -> bool:
     """Whether (batch, tokens) and the like can be merged into one axis without moving data between devices."""
     active = _active.get()
-    if active is None:
-        return True
-    mesh, rules = active
-    inner = ("tokens", "frames", "windows", "slots")
-    return all(mesh.shape[axis] == 1 for name in inner for axis in _mesh_axes(rules, name))
+    return active is None or may_merge(*active)
 
 
 def layout(
