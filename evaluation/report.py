@@ -32,7 +32,7 @@ from evaluation.report_page import Chart, Page, Section, render
 from evaluation.report_pictures import Images
 from evaluation.report_targets import Target, page_table, targets, verdict
 from evaluation.task import Samples
-from tracevision_jax.records.sample import Sample
+from tracevision_jax.records.sample import BadRecord, Sample
 from tracevision_jax.records.simplification import Simplification
 from tracevision_jax.training.journal import duration
 from tracevision_jax.weights.hashes import write_whole
@@ -113,7 +113,7 @@ def write_report(
     stages = {name: read_stage(run / name, name) for name in STAGES}
     reached = targets(by_task)
     images = Images(run / "report" / "images")
-    first = [held_out[index] for index in range(min(len(held_out), ATTENTION_MAPS))]
+    first = held_out.first(ATTENTION_MAPS)
     page = Page(
         title="TraceVision demo",
         lead=_lead(model, len(held_out)),
@@ -166,6 +166,18 @@ class _First:
     def fingerprint(self) -> str:
         return self._samples.fingerprint()
 
+    def first(self, count: int) -> list[Sample]:
+        """The first so many that can be read."""
+        found: list[Sample] = []
+        for index in range(len(self)):
+            if len(found) == count:
+                break
+            try:
+                found.append(self[index])
+            except BadRecord:
+                continue
+        return found
+
 
 def _ascii(page: str) -> str:
     """The page with a character reference for all else than ASCII, so that no encoding can spoil it."""
@@ -192,11 +204,11 @@ def _chart(name: str, stage: Stage | None, seconds: Mapping[str, float]) -> Char
     return Chart(STAGES[name], facts, tuple(line_chart(panel) for panel in panels(stage)))
 
 
-def _simplification(model: Any, held_out: Samples, simplified: Sample | None, images: Images) -> Section:
+def _simplification(model: Any, held_out: "_First", simplified: Sample | None, images: Images) -> Section:
     """Fig. 3 on a given scene, or on the held-out one with the longest trace."""
     if simplified is not None:
         return simplification_section(simplified, Simplification(), images)
-    traced = [sample for index in range(min(len(held_out), EXAMPLES)) if (sample := held_out[index]).strokes]
+    traced = [sample for sample in held_out.first(EXAMPLES) if sample.strokes]
     if not traced:
         return Section("simplification", "Trajectory simplification", missing="The held-out scenes have no traces.")
     longest = max(traced, key=lambda sample: sum(map(len, sample.strokes)))
@@ -232,7 +244,7 @@ def _times(stages: Mapping[str, Stage | None], seconds: Mapping[str, float]) -> 
     for name, value in _all_seconds(stages, seconds).items():
         label = STAGES.get(name, name).partition(":")[0]
         rows.append((label, duration(value), "wall clock" if name in seconds else "its steps alone"))
-    total = sum(_all_seconds(stages, seconds).values())
+    total = sum(_all_seconds(stages, seconds).values(), 0.0)
     return report_page.Table(
         "How long it took", ("part", "h:min:s", "counted"), (*rows, ("together", duration(total), ""))
     )

@@ -23,7 +23,7 @@ def tasks_of(
             tasks |= {"caption_from_trace", "trace_from_caption", "joint_caption_trace"}
     for region in regions:
         if np.isfinite(region.box[0]).all():
-            tasks |= {"plain_boxes", "refer_box"}
+            tasks |= {"plain_boxes", "plain_names", "plain_objects", "refer_box"}
         if region.mask is not None:
             tasks.add("refer_segment")
             if traced:

@@ -236,7 +236,14 @@ def test_every_task_of_a_sample_can_be_built():
 def test_scenes_without_narrative_serve_no_task_with_a_trace():
     sample = scenes(narrative=False)[0]
     assert sample.caption and not sample.words and not sample.strokes
-    assert sample.tasks == {"plain_caption", "plain_boxes", "refer_box", "refer_segment"}
+    assert sample.tasks == {
+        "plain_caption",
+        "plain_boxes",
+        "plain_names",
+        "plain_objects",
+        "refer_box",
+        "refer_segment",
+    }
 
 
 def test_videos_move_their_objects_and_the_hand_follows():

@@ -18,6 +18,7 @@ from evaluation.report_targets import page_table, targets, verdict
 from evaluation.sweep import Outcome
 from evaluation.task import Table
 from tests.evaluation import fabricated_run as fabricated
+from tracevision_jax.records.sample import BadRecord
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 SCENES = fabricated.scenes(3)
@@ -294,6 +295,26 @@ def test_a_run_with_nothing_in_it_says_what_is_missing(tmp_path, monkeypatch):
     assert "The held-out scenes hold no question of this kind" in text
     assert "There is no photograph beside this checkout" in text
     assert all(target["value"] is None for target in report.metrics["targets"].values())
+
+
+def test_a_scene_that_cannot_be_read_is_left_out(tmp_path):
+    class Damaged:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 0:
+                raise BadRecord("truncated picture")
+            return SCENES[index]
+
+        def fingerprint(self):
+            return ""
+
+    task = fabricated.TASKS[0]
+    made = fabricated.evaluated(task, SCENES)
+    report = write_report(tmp_path, [made], Damaged(), fabricated.RoteModel(), asked=("trace_qa",), examples=1)
+    assert SCENES[1].caption in read(report).text
+    assert len(list((report.page.parent / "images").glob("attention_*"))) == 2
 
 
 def test_a_model_without_tvp_has_no_maps_and_the_page_says_so(tmp_path):
