@@ -273,7 +273,8 @@ class TraceVision:
         for name, base in (("embedding", embedding), ("head", head)):
             norm = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(base.astype(jnp.float32)), -1)))
             places = norm * line_features(bin_centres(BINS), self.config.host.language.width)
-            added[name] = added[name].at[FIRST_BIN_OFFSET:].set(places.astype(added[name].dtype))
+            rows = jnp.asarray(added[name])
+            added[name] = rows.at[FIRST_BIN_OFFSET:].set(places.astype(rows.dtype))
         host = params["host"] | {"language": language | {"added": added}}
         return params | {"host": host}
 
