@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tests.hosts.qwen25vl_reference import RELEASED_LAYOUT, TINY, params_of, reference_model
+from tests.hosts.qwen25vl_reference import RELEASED_LAYOUT, TINY, reference_model
 from tests.weights.checkpoints import SIDE_FILES, assert_same_state, write_hugging_face
+from tests.weights.independent_mapping import expected_parameters
 from tracevision_jax.errors import UserError
 from tracevision_jax.hosts.qwen25vl import Qwen25VL, Qwen25VLConfig, preset
 from tracevision_jax.weights import qwen25vl
@@ -90,7 +91,8 @@ def test_pytorch_to_flax_to_pytorch_is_bit_exact(tmp_path, raw, dtype):
 def test_parameters_stand_where_an_independent_mapping_puts_them(tmp_path):
     model = write_hugging_face(tmp_path / "in", RELEASED_LAYOUT)
     config, params = qwen25vl.load(tmp_path / "in")
-    expected = flatten(params_of(model, config))
+    state = {qwen25vl.canonical_name(name): value.numpy() for name, value in model.state_dict().items()}
+    expected = flatten(expected_parameters(state, config))
     found = flatten(params)
     assert set(found) == set(expected)
     for path, leaf in expected.items():
