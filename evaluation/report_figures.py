@@ -79,7 +79,7 @@ def attention_section(model: Model, samples: Sequence[Sample], images: Images) -
         "Attention of the last TVP block, averaged over its heads, on held-out scenes. Vision to trace (Eq. 4) is "
         "where the keypoints look, brighter where more of them do. Trace to vision (Eq. 3) is what each place of the "
         "picture takes from the trace: its colour is the moment (blue first, red last), its strength how far the "
-        "place singles that moment out.",
+        "place singles that moment out, against the place that does so most.",
         tuple(cards),
         "" if cards or not missing else "The model has no TVP, so there is no attention between trace and picture.",
     )

@@ -90,7 +90,8 @@ class Page:
 
     title: str
     lead: str
-    verdict: str
+    verdict: tuple[str, ...]
+    """Sentences, the first of which is the headline."""
     targets: tuple[TargetRow, ...]
     charts: tuple[Chart, ...]
     tables: tuple[Table, ...]

@@ -128,15 +128,15 @@ def find(tables: Tables, task: str, name: str) -> float | None:
     return next((float(value) for value in found if value is not None), None)
 
 
-def verdict(targets: Sequence[Target]) -> str:
-    """One sentence about all targets."""
+def verdict(targets: Sequence[Target]) -> tuple[str, ...]:
+    """One sentence about all targets, then which were not reached or not measured."""
     reached = sum(target.reached for target in targets)
     missed = [target.label for target in targets if target.value is not None and not target.reached]
     unmeasured = [target.label for target in targets if target.value is None]
     parts = [f"{reached} of {len(targets)} targets reached."]
     parts += [f"Not reached: {'; '.join(missed)}."] if missed else []
     parts += [f"Not measured: {'; '.join(unmeasured)}."] if unmeasured else []
-    return " ".join(parts)
+    return tuple(parts)
 
 
 def page_table(table: Table) -> report_page.Table:
