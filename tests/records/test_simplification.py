@@ -51,6 +51,14 @@ def test_methods_choose_different_points_of_equal_number(points):
     assert len({tuple(times) for times in chosen.values()}) == 3
 
 
+def test_other_methods_can_follow_the_number_that_the_semantic_one_leaves(points):
+    count = len(made(points, epsilon_px=2.0))
+    assert 10 < count < len(points)
+    for method, expected in (("plain", to_count(points, "plain", count, SIZE)), ("uniform", uniform(points, count))):
+        assert (made(points, method=method, epsilon_px=2.0, as_semantic=True) == expected).all()
+    assert (made(points, epsilon_px=2.0, as_semantic=True) == made(points, epsilon_px=2.0)).all()
+
+
 def test_without_words_semantic_is_plain(points):
     assert (made(points, (), epsilon_px=4.0) == plain(points, SIZE, 4.0)).all()
     assert (made(points, (), keypoints=12) == to_count(points, "plain", 12, SIZE)).all()
