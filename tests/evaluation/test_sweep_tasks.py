@@ -9,6 +9,8 @@ import pytest
 from configs import benchmarks
 from data_loaders.sources.synthetic import SyntheticSource
 from data_loaders.synthetic.config import COLOURS, SHAPES, SceneConfig
+from data_loaders.synthetic.export import export_narratives
+from data_loaders.synthetic.scenes import SyntheticScenes
 from evaluation.grounding_tasks import ReferBox, ReferSegment, TraceSegment
 from evaluation.sweep import record_of
 from evaluation.task import split_control
@@ -226,3 +228,16 @@ def test_narratives_say_where_they_are_looked_for(tmp_path):
         ln_coco.open(benchmarks.BenchmarkData())
     with pytest.raises(UserError, match="localized_narratives"):
         ln_coco.open(benchmarks.BenchmarkData(folder=tmp_path))
+
+
+def test_released_narratives_serve_captions_and_traces(tmp_path):
+    narratives = export_narratives(SyntheticScenes(5, 3, SCENES), tmp_path, "val")
+    ln_coco = benchmarks.get("ln_coco")
+    samples = ln_coco.open(benchmarks.BenchmarkData(folder=tmp_path))
+    assert len(samples) == 3 and narratives.is_file()
+    for task in ln_coco.tasks(False).values():
+        prompts = task.prompts(samples, 0)
+        assert [prompt.control for prompt in prompts] == [False, True][: len(prompts)]
+        assert prompts[0].truth["caption"] == samples[0].caption
+    with pytest.raises(UserError, match="no test split of ln_coco"):
+        ln_coco.open(benchmarks.BenchmarkData(split="test", folder=tmp_path))
