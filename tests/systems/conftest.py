@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +19,8 @@ from tracevision_jax.segmentation.pixel_decoder import PixelDecoderConfig
 from tracevision_jax.systems.tracevision import TraceVision, tracevision_config
 from tracevision_jax.vision.config import QwenVisionConfig
 
-DECODER = PixelDecoderConfig(width=8, heads=2, mlp_width=12, layers=1, token_hidden=10, grid=3, fine_upsamplings=1)
+# 32 wide, so that the norms over a quarter and an eighth of it are over channels enough to be well conditioned.
+DECODER = PixelDecoderConfig(width=32, heads=2, mlp_width=12, layers=1, token_hidden=10, grid=3, fine_upsamplings=1)
 
 
 def tiny_host(vocabulary: Vocabulary, **language) -> Qwen25VLConfig:
@@ -58,7 +60,7 @@ def drawn(system: TraceVision, seed: int = 0):
             inputs //= leaf.shape[0] if any(key.key in ("layers", "groups") for key in path) else 1
             heads_out = parent in ("q", "k", "v", "qkv", "place") and leaf.ndim > 2
             return noise / np.sqrt(leaf.shape[-3 if parent != "qkv" else -4] if heads_out else inputs)
-        return noise * (0.1 if name in ("bias", "gamma") else 0.5)
+        return 0.5 + 0.1 * noise if name == "fusion" else noise * (0.1 if name == "bias" else 0.5)
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(system.init, jax.random.key(0)))
 
@@ -75,7 +77,7 @@ def system() -> TraceVision:
 
 @pytest.fixture(scope="session")
 def params(system):
-    return drawn(system)
+    return jax.tree.map(jnp.asarray, drawn(system))
 
 
 @pytest.fixture(scope="session")
