@@ -95,6 +95,8 @@ BASE = tracevision_config(
         "simplification": Simplification(epsilon_px=2.0),
         "max_points": 14,
         "learned_share": 0.6,
+        "answer_weighting": 0.5,
+        "slot_words": True,
     },
     logit_chunk=0,
 )
@@ -111,6 +113,7 @@ def demo_recipe(
     seed: int,
     points: int = 0,
     masks: int = 0,
+    vision_rate: float = 1.0,
 ) -> TrainRecipe:
     """One stage: kinds of scenes with the dialogues to have about each, each dialogue in a slot of `slot` tokens."""
     config = dataclasses.replace(BASE, processor=dataclasses.replace(BASE.processor, slot_tokens=slot))
@@ -133,7 +136,14 @@ def demo_recipe(
             buckets=(bucket,),
             rows=(rows,),
             steps=steps,
-            optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=0.05, final_share=0.05, beta2=0.98),
+            optimizer=OptimizerConfig(
+                method="muon",
+                learning_rate=learning_rate,
+                warmup=0.05,
+                final_share=0.05,
+                beta2=0.98,
+                multipliers=(("^host/vision", vision_rate),) if vision_rate != 1 else (),
+            ),
             checkpoint=CheckpointConfig(every=0, keep=1),
             evaluation=EvaluationConfig(every=200, samples=64, pictures=2 if masks else 0, sources=held_out),
             log_every=10,
@@ -148,39 +158,43 @@ def asked(*kinds: str) -> SceneConfig:
 
 STAGE0 = demo_recipe(
     "stage0",
-    ((PLAIN_SCENES, ("plain_names+plain_objects",)),),
-    slot=208,
+    ((PLAIN_SCENES, ("plain_objects+refer_box+refer_box",)),),
+    slot=192,
     rows=16,
-    steps=700,
-    learning_rate=4e-3,
+    steps=450,
+    learning_rate=0.012,
     seed=0,
 )
 STAGE1 = demo_recipe(
     "stage1",
     ((asked("what", "what", "what"), ("trace_qa+trace_qa+trace_qa",)),),
-    slot=208,
+    slot=200,
     rows=16,
-    steps=60,
-    learning_rate=1e-3,
+    steps=40,
+    learning_rate=0.006,
     seed=10,
     points=42,
 )
 STAGE1_5 = demo_recipe(
     "stage1_5",
     (
-        (asked("what", "what", "what", "box"), ("trace_qa+trace_qa+trace_qa", "trace_from_caption+refer_box")),
         (
-            asked("what", "what", "trace_segment", "segment"),
-            ("caption_from_trace+trace_qa", "trace_segment+trace_qa+refer_segment"),
+            asked("what", "what", "trace_segment", "segment", "box"),
+            ("trace_qa+trace_segment+refer_segment", "trace_from_caption+refer_box+trace_qa"),
+        ),
+        (
+            asked("what", "what", "box"),
+            ("caption_from_trace+refer_segment", "trace_from_caption+refer_box+trace_qa"),
         ),
     ),
-    slot=208,
+    slot=200,
     rows=16,
-    steps=420,
-    learning_rate=3e-3,
+    steps=440,
+    learning_rate=0.012,
+    vision_rate=0.3,
     seed=20,
     points=42,
-    masks=2,
+    masks=3,
 )
 STAGE2 = demo_recipe(
     "stage2",
@@ -188,10 +202,10 @@ STAGE2 = demo_recipe(
         (asked("dialogue", "what"), ("dialogue", "trace_qa")),
         (asked("which_trace", "what", "trace_segment", "box"), ("trace_qa+trace_segment", "trace_qa+refer_box")),
     ),
-    slot=256,
+    slot=192,
     rows=16,
-    steps=40,
-    learning_rate=3e-4,
+    steps=30,
+    learning_rate=1e-3,
     seed=30,
     points=56,
     masks=3,

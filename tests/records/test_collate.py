@@ -146,13 +146,13 @@ def test_words_of_visual_tokens_are_targets_where_the_tokens_stand(processor, pi
     left[0, :, :16] = True
     part = UnitNamesPart((("red", left),))
     turns = (Turn("user", (part, "?")), Turn("assistant", ("a",)))
-    plain = Conversation("plain_names", (Turn("user", ("?",)), turns[1]))
-    piece = processor.piece(picture, [plain, Conversation("plain_names", turns)])
+    plain = Conversation("plain_objects", (Turn("user", ("?",)), turns[1]))
+    piece = processor.piece(picture, [plain, Conversation("plain_objects", turns)])
     batch = collate([[piece]], BUCKET, CONFIG)
     named = (batch.target_weights[0] > 0) & (batch.visual_index[0] >= 0)
     first = len(piece.conversations[0].tokens)
-    assert (np.flatnonzero(named) - first).tolist() == piece.conversations[1].unit_names[:, 0].tolist()
-    assert batch.targets[0][named].tolist() == piece.conversations[1].unit_names[:, 1].tolist()
+    assert (np.flatnonzero(named) - first).tolist() == piece.conversations[1].extra_targets[:, 0].tolist()
+    assert batch.targets[0][named].tolist() == piece.conversations[1].extra_targets[:, 1].tolist()
 
 
 def test_a_batch_is_a_pytree_of_its_arrays(pieces):

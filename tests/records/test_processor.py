@@ -209,9 +209,37 @@ def test_visual_tokens_that_are_named_learn_the_word_of_what_covers_them(process
     nothing = vocabulary.special("<|endoftext|>")
     row = [words["red"], words["red"]]
     expected = [*row, words["star"], nothing, nothing] + [*row, nothing, nothing, nothing] * 2
-    assert encoded.unit_names[:, 0].tolist() == np.flatnonzero(encoded.visual[:, 0] >= 0).tolist()
-    assert encoded.unit_names[:, 1].tolist() == expected
+    assert encoded.extra_targets[:, 0].tolist() == np.flatnonzero(encoded.visual[:, 0] >= 0).tolist()
+    assert encoded.extra_targets[:, 1].tolist() == expected
     assert encoded.tokens.tolist() == one(processor, picture, user("?"), assistant("a")).tokens.tolist()
+
+
+def test_slots_learn_the_words_of_the_phrase_before_them_in_turn(processor, vocabulary, picture):
+    masked = [user("?"), assistant(PhrasePart("the red star"), MaskPart(np.ones((1, 24, 40), bool)))]
+    plain = one(processor, picture, *masked)
+    assert len(plain.extra_targets) == 0
+    taught = Processor(vocabulary, dataclasses.replace(CONFIG, slot_words=True))
+    encoded = one(taught, picture, *masked)
+    red, star = (vocabulary.encode(f" {name}")[0] for name in ("red", "star"))
+    assert encoded.extra_targets.tolist() == [
+        [slot, word] for slot, word in zip(encoded.mask_slots[0], [red, star] * 3, strict=True)
+    ]
+    assert encoded.tokens.tolist() == plain.tokens.tolist()
+    phraseless = one(taught, picture, user("?"), assistant(MaskPart(np.ones((1, 24, 40), bool))))
+    assert len(phraseless.extra_targets) == 0
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_tokens_weigh_less_in_longer_answers(vocabulary, picture, exponent):
+    processor = Processor(vocabulary, dataclasses.replace(CONFIG, answer_weighting=exponent))
+    box = BoxPart(np.array([0.1, 0.2, 0.3, 0.4]))
+    encoded = one(processor, picture, user("?"), assistant(box), user("?"), assistant("red"))
+    ends = np.flatnonzero(encoded.tokens == vocabulary.special("<|im_end|>"))[-3:-1]
+    long, short = encoded.learn[: ends[0]], encoded.learn[ends[1] :]
+    counts = (long > 0).sum() + 1, (short > 0).sum()
+    assert counts[0] == 7 and counts[1] < 7
+    assert encoded.learn[: ends[0] + 1].sum() == pytest.approx(counts[0] ** (1 - exponent), rel=1e-6)
+    assert short.sum() == pytest.approx(counts[1] ** (1 - exponent), rel=1e-6)
 
 
 @pytest.mark.parametrize(

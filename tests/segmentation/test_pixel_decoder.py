@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.segmentation.pixel_decoder import PixelDecoder, PixelDecoderConfig, count_parameters
+from tracevision_jax.segmentation.pixel_decoder import Doubling, PixelDecoder, PixelDecoderConfig, count_parameters
 
 CONFIG = PixelDecoderConfig(
     visual_width=12, text_width=10, width=16, heads=2, mlp_width=24, token_hidden=14, grid=3, fine_upsamplings=2
 )
-MASKS = 3
+MASKS, FRAMES = 3, 2
 
 
 def inputs(config: PixelDecoderConfig = CONFIG, seed: int = 0) -> dict[str, jax.Array]:
@@ -24,9 +25,10 @@ def inputs(config: PixelDecoderConfig = CONFIG, seed: int = 0) -> dict[str, jax.
         return jnp.asarray(random.normal(size=shape), jnp.float32)
 
     return {
-        "deep": draw(MASKS, config.grid, config.grid, config.visual_width),
-        "shallow": draw(MASKS, 2 * config.grid, 2 * config.grid, config.visual_width),
-        "seg": draw(MASKS, 6, config.text_width),
+        "deep": draw(1, FRAMES, config.grid, config.grid, config.visual_width),
+        "shallow": draw(1, FRAMES, 2 * config.grid, 2 * config.grid, config.visual_width),
+        "seg": draw(1, MASKS, 6, config.text_width),
+        "frame": jnp.asarray([[0, 1, 0]]),
     }
 
 
@@ -65,7 +67,7 @@ def test_masks_have_the_size_that_the_configuration_says(grid, upsamplings, size
     config = dataclasses.replace(CONFIG, grid=grid, fine_upsamplings=upsamplings)
     assert config.mask_size == size
     shapes = jax.eval_shape(PixelDecoder(config).init_with_output, jax.random.key(0), **inputs(config))[0]
-    assert shapes.shape == (MASKS, size, size) and shapes.dtype == jnp.float32
+    assert shapes.shape == (1, MASKS, size, size) and shapes.dtype == jnp.float32
 
 
 def test_masks_are_float32_when_it_computes_in_bfloat16():
@@ -78,7 +80,7 @@ def test_masks_are_float32_when_it_computes_in_bfloat16():
 @pytest.mark.parametrize("slot", range(6))
 def test_every_codebook_token_matters(slot):
     given = inputs()
-    other = given | {"seg": given["seg"].at[:, slot].add(1.0)}
+    other = given | {"seg": given["seg"].at[:, :, slot].add(1.0)}
     assert np.abs(run(other) - run(given)).max() > 1e-2
 
 
@@ -100,19 +102,35 @@ def test_the_coarse_mask_guides_the_fine_scale():
     assert (applied()(coarse_only, given) == applied()(coarse_only, moved)).all()
 
 
+def test_a_mask_is_made_on_the_frame_that_it_names():
+    given = inputs()
+    moved = given | {"frame": 1 - given["frame"], **{name: given[name][:, ::-1] for name in ("deep", "shallow")}}
+    assert np.allclose(run(moved), run(given), atol=1e-5)
+    assert np.abs(run(given | {"frame": 1 - given["frame"]}) - run(given)).max() > 1e-2
+
+
+def test_doubling_is_the_transposed_convolution():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 4)), jnp.float32)
+    layer = Doubling(6, jnp.float32, jnp.float32)
+    params = layer.init(jax.random.key(0), x)["params"] | {"bias": jnp.arange(6.0)}
+    flipped = params | {"kernel": params["kernel"][::-1, ::-1]}
+    reference = flax.linen.ConvTranspose(6, (2, 2), (2, 2)).apply({"params": flipped}, x)
+    assert np.allclose(layer.apply({"params": params}, x), reference, atol=1e-5)
+
+
 def test_masks_do_not_see_each_other():
     given = inputs()
-    alone = {name: value[1:2] for name, value in given.items()}
-    among_others, by_itself = np.asarray(run(given)[1]), np.asarray(run(alone)[0])
+    alone = given | {"seg": given["seg"][:, 1:2], "frame": given["frame"][:, 1:2]}
+    among_others, by_itself = np.asarray(run(given)[0, 1]), np.asarray(run(alone)[0, 0])
     assert np.linalg.norm(by_itself - among_others) <= 1e-5 * np.linalg.norm(among_others)
 
 
 def test_the_mask_moves_with_the_picture():
     """Features that single out one corner give masks that differ there: the grid is not transposed or flipped."""
     given = inputs()
-    flat = {name: jnp.zeros_like(value) for name, value in given.items()} | {"seg": given["seg"]}
-    lit = flat | {"shallow": flat["shallow"].at[:, 0, -1].set(given["shallow"][:, 0, -1] * 3)}
-    change = np.abs(run(lit) - run(flat))[0]
+    flat = given | {name: jnp.zeros_like(given[name]) for name in ("deep", "shallow")}
+    lit = flat | {"shallow": flat["shallow"].at[:, :, 0, -1].set(given["shallow"][:, :, 0, -1] * 3)}
+    change = np.abs(run(lit) - run(flat))[0, 0]
     quarter = CONFIG.mask_size // 6
     peak = np.unravel_index(change.argmax(), change.shape)
     assert peak[0] < 2 * quarter and peak[1] >= CONFIG.mask_size - 2 * quarter, peak

@@ -212,6 +212,10 @@ class Qwen25VL(nn.Module):
         """The language model's layers, see `LanguageModel.__call__`."""
         return self.language(embeddings, positions, segments, cache, fresh)
 
+    def normed(self, embeddings: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """Embeddings as the head reads hidden states, with no layer between."""
+        return self.language.normed(embeddings)
+
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows output"]:
         """Logits of hidden states, float32."""
         return self.language.logits(hidden)

@@ -160,6 +160,10 @@ class LanguageModel(nn.Module):
         keys, values, lengths = store
         return hidden, KVCache(keys, values, lengths + (segments != 0).sum(axis=1, dtype=lengths.dtype))
 
+    def normed(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """The final norm alone: what the head reads, were no layer between it and an embedding."""
+        return self.final_norm(x.astype(jnp.dtype(self.config.dtype)))
+
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows output"]:
         """Logits in float32; columns from `first_added` on are the added tokens'."""
         c = self.config

@@ -82,9 +82,9 @@ def _place(batch: Batch, row: int, pieces: Sequence[Piece], bucket: Bucket, conf
             batch.positions[row, here] = encoded.positions
             batch.targets[row, token : token + n - 1] = encoded.tokens[1:]
             batch.target_weights[row, token : token + n - 1] = encoded.learn[1:]
-            named, words = encoded.unit_names[:, 0] + token, encoded.unit_names[:, 1]
-            batch.targets[row, named] = words
-            batch.target_weights[row, named] = 1.0
+            extra, words = encoded.extra_targets[:, 0] + token, encoded.extra_targets[:, 1]
+            batch.targets[row, extra] = words
+            batch.target_weights[row, extra] = config.answer_weight(len(extra))
             place = (conversation * bucket.frames + frame + encoded.visual[:, 0]) * units + encoded.visual[:, 1]
             batch.visual_index[row, here] = np.where(encoded.visual[:, 0] >= 0, place, -1)
             batch.point_index[row, here] = np.where(

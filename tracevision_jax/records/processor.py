@@ -8,6 +8,7 @@ the row. A trace that the user shows enters the TVP and the text; one that the a
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -38,6 +39,7 @@ from tracevision_jax.vision.preprocess import (
 )
 from tracevision_jax.vision.windows import raster_units
 
+ARTICLES = ("a", "an", "the")
 NAMED_SHARE = 0.2
 """Least part of a visual token's area that an object covers for the token to be named after it."""
 
@@ -66,6 +68,19 @@ class ProcessorConfig:
     learned_share: float = 1.0
     """Largest share of a row's tokens that may be learned; the loss makes logits for no more than these."""
 
+    answer_weighting: float = 0.0
+    """Each of the n learned tokens of an answer weighs n ** -answer_weighting: 0 is the papers' mean over tokens, 0.5
+    the square averaging of InternVL 2.5 (arXiv:2412.05271), 1 counts all answers alike, so that the many and noisy
+    coordinates of a trajectory do not outweigh a name."""
+
+    slot_words: bool = False
+    """Whether the six slots of a mask also learn the words of the phrase before it, in turn. From scratch this is what
+    makes E_seg tell targets apart; a pretrained host does without."""
+
+    def answer_weight(self, tokens: int) -> float:
+        """Weight of each of the learned tokens of an answer that has so many."""
+        return float(max(tokens, 1)) ** -self.answer_weighting
+
     def learned_tokens(self, tokens: int) -> int:
         """How many tokens of a row of this length may be learned."""
         return min(tokens, math.ceil(tokens * self.learned_share))
@@ -78,7 +93,7 @@ class EncodedConversation:
     task: str
     tokens: np.ndarray
     learn: np.ndarray
-    """Whether each token is to be predicted (1) or given (0)."""
+    """Weight of each token where it is to be predicted, 0 where it is given."""
     visual: np.ndarray
     """(tokens, 2): frame and unit of each visual token; -1 elsewhere."""
     point: np.ndarray
@@ -91,8 +106,9 @@ class EncodedConversation:
     mask_frame: list[int] = dataclasses.field(default_factory=list)
     mask_target: list[np.ndarray] = dataclasses.field(default_factory=list)
     mask_slots: list[np.ndarray] = dataclasses.field(default_factory=list)
-    unit_names: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    """(visual tokens that are named, 2): place among the tokens, and the word's first token."""
+    extra_targets: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """(targets, 2) of tokens that are followed by none to learn: place among the tokens, and a word's first token, for
+    visual tokens that are named (`UnitNamesPart`) and for slots of a mask (`slot_words`)."""
     next_position: int = 0
     """Rotary position of the token after the last."""
 
@@ -237,7 +253,7 @@ class Processor:
             mask_frame=writer.mask_frame,
             mask_target=writer.mask_target,
             mask_slots=writer.mask_slots,
-            unit_names=np.asarray(writer.unit_names, np.int64).reshape(-1, 2),
+            extra_targets=np.asarray(writer.extra_targets, np.int64).reshape(-1, 2),
             next_position=len(tokens) + offset,
         )
 
@@ -268,8 +284,12 @@ class _Writer:
         self.mask_frame: list[int] = []
         self.mask_target: list[np.ndarray] = []
         self.mask_slots: list[np.ndarray] = []
-        self.unit_names: list[tuple[int, int]] = []
+        self.extra_targets: list[tuple[int, int]] = []
         self.learning = False
+        self.phrase: list[int] = []
+        """First tokens of the words that the parts after it belong to."""
+        self.start = 0
+        """Where the turn begins."""
         self.newline = self.vocabulary.encode("\n")
 
     def add(self, tokens: Sequence[int], learn: bool | None = None) -> None:
@@ -295,6 +315,8 @@ class _Writer:
     def role(self, role: str) -> None:
         """Open a turn; an answer's text starts a token of its own, since in generation it follows the prompt."""
         self.learning = False
+        self.flush()
+        self.start, self.phrase = len(self.tokens), []
         self.special("<|im_start|>")
         self.text(role + "\n")
         if role == "assistant":
@@ -303,6 +325,9 @@ class _Writer:
     def end(self) -> None:
         """Close a turn; its end token is learned with an assistant's text, the newline after it never."""
         self.special("<|im_end|>")
+        answer = slice(self.start, None)
+        count = sum(weight > 0 for weight in self.learn[answer])
+        self.learn[answer] = [weight * self.processor.config.answer_weight(count) for weight in self.learn[answer]]
         self.add(self.newline, learn=False)
 
     def frames(self) -> None:
@@ -327,6 +352,7 @@ class _Writer:
             self.text(part)
         elif isinstance(part, PhrasePart):
             self.special("<|object_ref_start|>")
+            self.phrase = self.first_tokens([word for word in part.text.split() if word not in ARTICLES])
             self.text(part.text)
             self.special("<|object_ref_end|>")
         elif isinstance(part, BoxPart):
@@ -346,7 +372,7 @@ class _Writer:
         """Note which word each visual token shall call to mind: the object that covers most of it, or the end token."""
         if not self.targets:
             return
-        ids = [self.vocabulary.encode(" " + word)[0] for word, _ in part.names]
+        ids = self.first_tokens([word for word, _ in part.names])
         nothing, merge = self.vocabulary.special("<|endoftext|>"), self.processor.config.vision.merge
         places = [index for index, (frame, _) in enumerate(self.visual) if frame >= 0]
         for frame, source in enumerate(self.shown.sources):
@@ -354,8 +380,12 @@ class _Writer:
             shares = np.stack([shrink_mask(mask[source], rows, cols).reshape(-1) for _, mask in part.names])
             best = shares.argmax(0)
             words = np.where(shares.max(0) >= NAMED_SHARE, np.asarray(ids)[best], nothing)
-            self.unit_names += zip(places[: rows * cols], words.tolist(), strict=True)
+            self.extra_targets += zip(places[: rows * cols], words.tolist(), strict=True)
             places = places[rows * cols :]
+
+    def first_tokens(self, words: Sequence[str]) -> list[int]:
+        """The first token of each word, as it stands within a text."""
+        return [self.vocabulary.encode(" " + word)[0] for word in words]
 
     def coordinates(self, points: np.ndarray) -> list[int]:
         """Append points (n, 2) as bin tokens or as the paper's text; which point each token belongs to."""
@@ -392,6 +422,8 @@ class _Writer:
         self.add(self.vocabulary.slots, learn=False)
         if not self.targets:
             return
+        if self.processor.config.slot_words and self.phrase:
+            self.extra_targets += zip(slots.tolist(), itertools.cycle(self.phrase), strict=False)
         if len(part.mask) != len(self.sample.frames):
             raise UserError(f"A mask of {len(part.mask)} frames is given for {len(self.sample.frames)} frames.")
         side = self.processor.config.mask_size

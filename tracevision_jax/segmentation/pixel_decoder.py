@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tracevision_jax.errors import UserError
 
@@ -140,44 +140,57 @@ class PixelDecoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        deep: Float[Array, "masks grid grid visual"],
-        shallow: Float[Array, "masks fine fine visual"],
-        seg: Float[Array, "masks slots text"],
-    ) -> Float[Array, "masks size size"]:
+        deep: Float[Array, "rows frames grid grid visual"],
+        shallow: Float[Array, "rows frames fine fine visual"],
+        seg: Float[Array, "rows masks slots text"],
+        frame: Int[Array, "rows masks"],
+    ) -> Float[Array, "rows masks size size"]:
         """Decode one mask a target.
 
         Args:
             deep: visual features of the deeper level on the coarse grid, stretched over the whole image.
             shallow: features of the shallower level on the fine grid (twice the side).
             seg: E_seg, the hidden states of the codebook slots; the first three feed the coarse scale.
+            frame: on which frame of its row each target is.
 
         Returns:
             mask logits, float32.
         """
         config = self.config
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        rows, masks = frame.shape
         hidden = nn.relu(nn.Dense(config.token_hidden, name="token_in", **kinds)(seg.astype(self.dtype)))
         tokens = nn.Dense(config.width, name="token_out", **kinds)(hidden)
-        tokens = tokens.reshape(tokens.shape[0], SCALES, config.tokens_per_scale, config.width)
+        tokens = tokens.reshape(rows * masks, SCALES, config.tokens_per_scale, config.width)
         level_code = self.param("level_code", nn.initializers.normal(0.02), (SCALES, config.width), self.param_dtype)
         tokens = tokens + level_code.astype(self.dtype)[:, None]
 
-        coarse = self._scale(0, deep, tokens[:, 0], None, upsamplings=1)
-        fine = self._scale(1, shallow, tokens[:, 1], coarse, upsamplings=config.fine_upsamplings)
+        coarse = self._scale(0, self._neck(0, deep, frame), tokens[:, 0], None, upsamplings=1)
+        fine = self._scale(1, self._neck(1, shallow, frame), tokens[:, 1], coarse, upsamplings=config.fine_upsamplings)
         size = config.mask_size
         weights = self.param("fusion", nn.initializers.constant(1 / SCALES), (SCALES,), jnp.float32)
         upsampled = jax.image.resize(coarse, (coarse.shape[0], size, size), "bilinear")
-        return weights[0] * upsampled + weights[1] * fine
+        return (weights[0] * upsampled + weights[1] * fine).reshape(rows, masks, size, size)
 
-    def _scale(self, level, features, tokens, coarse, upsamplings):
-        """One scale: neck, modulation by the coarse mask, two-way transformer, mask head; float32 logits."""
+    def _neck(self, level, features, frame):
+        """Features at the decoder's width, made once a frame and then given to each of its masks."""
         config = self.config
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        side = features.shape[1]
+        rows, frames, side = features.shape[:3]
         image = nn.Dense(config.width, use_bias=False, name=f"neck_in_{level}", **kinds)(features.astype(self.dtype))
         image = nn.LayerNorm(1e-6, name=f"neck_norm_{level}", **kinds)(image)
+        image = image.reshape(rows * frames, side, side, -1)
         image = nn.Conv(config.width, (3, 3), use_bias=False, name=f"neck_out_{level}", **kinds)(image)
         image = nn.LayerNorm(1e-6, name=f"neck_out_norm_{level}", **kinds)(image)
+        image = image.reshape(rows, frames, side, side, -1)
+        chosen = jnp.take_along_axis(image, frame[:, :, None, None, None], axis=1)
+        return chosen.reshape(frame.size, side, side, -1)
+
+    def _scale(self, level, image, tokens, coarse, upsamplings):
+        """One scale: modulation by the coarse mask, two-way transformer, mask head; float32 logits."""
+        config = self.config
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        side = image.shape[1]
         if coarse is not None:
             image = image * (1 + jax.nn.sigmoid(coarse)[..., None]).astype(self.dtype)
         code = _grid_code(side, config.width).astype(self.dtype)
@@ -187,7 +200,7 @@ class PixelDecoder(nn.Module):
         width = config.width
         for step in range(upsamplings):
             width = width // 4 if step == 0 else width // 2
-            image = _double(width, f"upsample_{level}_{step}", **kinds)(image)
+            image = Doubling(width, name=f"upsample_{level}_{step}", **kinds)(image)
             image = nn.gelu(nn.LayerNorm(1e-6, name=f"upsample_norm_{level}_{step}", **kinds)(image))
         query = tokens.mean(1)
         for index, out in enumerate((config.width, config.width, width)):
@@ -196,9 +209,21 @@ class PixelDecoder(nn.Module):
         return jnp.einsum("nhwc,nc->nhw", image, query, preferred_element_type=jnp.float32) * width**-0.5
 
 
-def _double(features, name, dtype, param_dtype):
-    """Transposed convolution, kernel 2 and stride 2."""
-    return nn.ConvTranspose(features, (2, 2), (2, 2), name=name, dtype=dtype, param_dtype=param_dtype)
+class Doubling(nn.Module):
+    """Transposed convolution of kernel 2 and stride 2: each cell becomes 2 x 2 by one matrix product."""
+
+    features: int
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 features"]:
+        n, h, w, c = x.shape
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=2, batch_axis=(0, 1))
+        kernel = self.param("kernel", init, (2, 2, c, self.features), self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+        doubled = jnp.einsum("nhwc,ijco->nhiwjo", x, kernel) + bias
+        return doubled.reshape(n, 2 * h, 2 * w, self.features)
 
 
 def _grid_code(side: int, width: int) -> Float[Array, "cells width"]:
@@ -216,8 +241,9 @@ def count_parameters(config: PixelDecoderConfig) -> int:
     shapes = jax.eval_shape(
         decoder.init,
         jax.random.key(0),
-        jnp.zeros((1, config.grid, config.grid, config.visual_width)),
-        jnp.zeros((1, 2 * config.grid, 2 * config.grid, config.visual_width)),
-        jnp.zeros((1, SCALES * config.tokens_per_scale, config.text_width)),
+        jnp.zeros((1, 1, config.grid, config.grid, config.visual_width)),
+        jnp.zeros((1, 1, 2 * config.grid, 2 * config.grid, config.visual_width)),
+        jnp.zeros((1, 1, SCALES * config.tokens_per_scale, config.text_width)),
+        jnp.zeros((1, 1), jnp.int32),
     )
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -207,19 +207,21 @@ class TraceVisionModel(nn.Module):
     ) -> Float[Array, "B K size size"]:
         """Mask logits of E_seg on the frames that they name (Eq. 5 and 16)."""
         config, vision = self.config.decoder, self.config.host.vision
-        rows, count = frame.shape
-        levels = []
-        for features, side in ((deep, config.grid), (shallow, 2 * config.grid)):
-            square = features_on_square(features, grid, side, vision.window_units, vision.merge)
-            chosen = jnp.take_along_axis(square, frame[:, :, None, None, None], axis=1)
-            levels.append(chosen.reshape(rows * count, side, side, -1))
-        logits = self.decoder(levels[0], levels[1], seg.reshape(rows * count, *seg.shape[2:]))
-        return logits.reshape(rows, count, *logits.shape[1:])
+        levels = (
+            features_on_square(features, grid, side, vision.window_units, vision.merge)
+            for features, side in ((deep, config.grid), (shallow, 2 * config.grid))
+        )
+        return self.decoder(*levels, seg, frame)
 
     def __call__(self, batch: Batch) -> tuple[Array, Array]:
-        """Hidden states and mask logits of a training batch; touches every parameter but the head's use."""
+        """Hidden states and mask logits of a training batch; touches every parameter but the head's use.
+
+        What is learned at a visual token (`UnitNamesPart`) is learned of the feature that enters there: behind the
+        language model's layers it would be known where no later token can look it up.
+        """
         context = self.context(batch)
-        hidden = self.hidden(batch, context)
+        visual = (batch.visual_index >= 0)[..., None]
+        hidden = jnp.where(visual, self.host.normed(context.embeddings), self.hidden(batch, context))
         if not batch.mask_slots.shape[1]:
             return hidden, jnp.zeros(batch.masks.shape, jnp.float32)
         slots = jnp.take_along_axis(hidden, batch.mask_slots.reshape(hidden.shape[0], -1)[..., None], axis=1)

@@ -136,7 +136,7 @@ def _start(run: Run, checkpoints: Checkpoints, rules: tuple[Rule, ...], console:
     places = parameter_shardings(shapes, mesh, rules)
     state_shapes, frozen_shapes = jax.eval_shape(create, shapes)
     trained, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
-    state_places = state_shardings(state_shapes, optimizer, trained, mesh)
+    state_places = state_shardings(state_shapes, trained, mesh)
     trained_count = f"{count(state_shapes.trained):,} of {count(shapes):,} parameters"
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     say(console, f"{recipe.name}: stage '{recipe.stage}' trains {trained_count}, on {devices}")

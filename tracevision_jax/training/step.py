@@ -25,7 +25,7 @@ from tracevision_jax.parallel.mesh import replicated
 from tracevision_jax.parallel.rules import ACTIVATIONS
 from tracevision_jax.systems.protocol import Params, Scalars, State, System
 from tracevision_jax.training.optimizer import Schedule
-from tracevision_jax.training.parameters import merge, split_for_stage
+from tracevision_jax.training.parameters import flatten, merge, split_for_stage
 
 Metrics = dict[str, Any]
 
@@ -179,28 +179,30 @@ def _gradient(
     return gradient, jax.tree.map(jnp.sum, sums), weights, system_state
 
 
-def state_shardings(
-    shapes: TrainState, optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh
-) -> TrainState:
-    """Shardings of a whole state: optimizer state lies as its parameters do, all else is replicated.
+def state_shardings(shapes: TrainState, trained: Any, mesh: Mesh) -> TrainState:
+    """Shardings of a whole state: a moment lies as its parameter does, all else is replicated.
 
     Args:
         shapes: the state, or its shapes.
-        optimizer: what made its optimizer state.
         trained: shardings of the trained parameters.
         mesh: the mesh.
     """
     whole: Any = replicated(mesh)
+    places = {path: (place, leaf.shape) for (path, place), leaf in zip(
+        flatten(trained).items(), flatten(shapes.trained).values(), strict=True
+    )}  # fmt: skip
+
+    def place_of(path: tuple[Any, ...], leaf: Any) -> Any:
+        """The sharding of the parameter whose path ends the leaf's own, if it has the shape of the leaf."""
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        ends = ("/".join(keys[first:]) for first in range(len(keys)))
+        place, shape = next((places[end] for end in ends if end in places), (whole, None))
+        return place if leaf.shape == shape else whole
+
     return TrainState(
         step=whole,
         trained=trained,
-        optimizer=optax.tree.map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            shapes.optimizer,
-            trained,
-            transform_non_params=lambda _: whole,
-        ),
+        optimizer=jax.tree_util.tree_map_with_path(place_of, shapes.optimizer),
         system=jax.tree.map(lambda _: whole, shapes.system),
         rng=whole,
     )
