@@ -28,7 +28,7 @@ def one_step(system, stage, batch, mesh, accumulation=1):
     places = parameter_shardings(params, mesh, PARAMETERS)
     trained, frozen_places = split(places, system.trainable(stage))
     state, frozen = create_state(system, params, optimizer, stage, seed=0)
-    layout = state_shardings(state, optimizer, trained, mesh)
+    layout = state_shardings(state, trained, mesh)
     state, frozen = jax.device_put((state, frozen), (layout, frozen_places))
     step = make_train_step(
         system,
@@ -40,7 +40,7 @@ def one_step(system, stage, batch, mesh, accumulation=1):
     )
     with jax.set_mesh(mesh):
         state, metrics = step(state, frozen, jax.device_put(batch, batch_sharding(mesh)))
-    moment = next(part.mu for part in state.optimizer if isinstance(part, optax.ScaleByAdamState))
+    moment = optax.tree.get(state.optimizer, "mu")
     leaves = jax.tree.leaves((state.trained, frozen))
     here = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
     return float(metrics["loss"]), jax.device_get(moment), here / sum(leaf.size for leaf in leaves)

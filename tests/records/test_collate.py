@@ -146,8 +146,8 @@ def test_words_of_visual_tokens_are_targets_where_the_tokens_stand(processor, pi
     left[0, :, :16] = True
     part = UnitNamesPart((("red", left),))
     turns = (Turn("user", (part, "?")), Turn("assistant", ("a",)))
-    plain = Conversation("plain_objects", (Turn("user", ("?",)), turns[1]))
-    piece = processor.piece(picture, [plain, Conversation("plain_objects", turns)])
+    plain = Conversation("plain_names", (Turn("user", ("?",)), turns[1]))
+    piece = processor.piece(picture, [plain, Conversation("plain_names", turns)])
     batch = collate([[piece]], BUCKET, CONFIG)
     named = (batch.target_weights[0] > 0) & (batch.visual_index[0] >= 0)
     first = len(piece.conversations[0].tokens)

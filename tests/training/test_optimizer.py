@@ -1,11 +1,18 @@
-"""Schedules, weight decay and learning rates by path."""
+"""Schedules, weight decay, learning rates by path, and which axes Muon takes for a matrix."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from tracevision_jax.training.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+    matrix_axes,
+)
+from tracevision_jax.training.parameters import flatten, unflatten
 
 PARAMS = {
     "host": {"mlp": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2,))}},
@@ -61,3 +68,58 @@ def test_weight_decay_leaves_biases_alone():
     update = first_update(config, gradient=0.0)
     np.testing.assert_allclose(update["host"]["mlp"]["kernel"], -0.5)
     np.testing.assert_allclose(update["host"]["mlp"]["bias"], 0.0)
+
+
+MUON = OptimizerConfig(method="muon", learning_rate=1.0, warmup=0.0, schedule="constant", clip_norm=0.0)
+
+
+def muon_update(gradients, config=MUON):
+    optimizer = make_optimizer(config, steps=10)
+    params = unflatten(jax.tree.map(jnp.zeros_like, gradients))
+    updates = optimizer.update(unflatten(gradients), optimizer.init(params), params)[0]
+    return {path: np.asarray(update) for path, update in flatten(updates).items()}
+
+
+@pytest.mark.parametrize(
+    ("path", "ndim", "axes"),
+    [
+        ("host/language/layers/mlp/up/kernel", 3, ((1,), (2,))),
+        ("host/language/layers/attn/q/kernel", 4, ((1,), (2, 3))),
+        ("host/language/layers/attn/o/kernel", 4, ((1, 2), (3,))),
+        ("host/vision/groups/full/attn/qkv/kernel", 5, ((1,), (3, 4))),
+        ("host/vision/groups/window/attn/qkv/kernel", 6, ((2,), (4, 5))),
+        ("host/vision/groups/window/attn/proj/kernel", 5, ((2, 3), (4,))),
+        ("tvp/block_0/refine/place/kernel", 3, ((0,), (1, 2))),
+        ("decoder/two_way_0/last/o/kernel", 3, ((0, 1), (2,))),
+    ],
+)
+def test_muon_takes_each_matrix_of_a_stack_for_itself(path, ndim, axes):
+    assert tuple(matrix_axes(path, ndim)) == axes
+
+
+@pytest.mark.parametrize(
+    ("path", "ndim"),
+    [
+        ("host/language/embed/embedding", 2),
+        ("host/language/head/kernel", 2),
+        ("host/language/added/head", 2),
+        ("host/language/layers/attn/q/bias", 3),
+        ("decoder/neck_out_0/kernel", 4),
+        ("decoder/upsample_1_0/kernel", 4),
+        ("tvp/out_norm/scale", 1),
+    ],
+)
+def test_muon_leaves_what_is_no_matrix_to_adam(path, ndim):
+    assert matrix_axes(path, ndim) is None
+
+
+def test_muons_update_is_nearly_orthogonal_at_adams_size():
+    """Five Newton-Schulz steps bring singular values to about 0.7 to 1.2; they are scaled by the wider side."""
+    gradient = np.random.default_rng(0).normal(size=(3, 24, 2, 4)).astype(np.float32)
+    update = muon_update({"layers/attn/q/kernel": jnp.asarray(gradient), "layers/norm/scale": jnp.ones((3, 24))})
+    values = np.linalg.svd(update["layers/attn/q/kernel"].reshape(3, 24, 8), compute_uv=False)
+    assert (values > 0.6 * 0.2 * 24**0.5).all() and (values < 1.3 * 0.2 * 24**0.5).all()
+    # Adam with Nesterov's momentum: a first step of the learning rate times 1 + beta1 / (1 + beta1).
+    np.testing.assert_allclose(update["layers/norm/scale"], -(1 + 0.9 / 1.9), rtol=1e-5)
+    alone = muon_update({"layers/attn/q/kernel": jnp.asarray(gradient[1:2])})
+    np.testing.assert_allclose(alone["layers/attn/q/kernel"][0], update["layers/attn/q/kernel"][1], atol=1e-5)

@@ -134,23 +134,23 @@ def _plain_boxes(sample: Sample, rng: Rng) -> Conversation:
 
 
 def _plain_objects(sample: Sample, rng: Rng) -> Conversation:
-    """Every region with its box, from left to right; each visual token learns the noun of what it lies under."""
+    """Every region with its box, from left to right."""
     regions = sorted(_present(sample), key=lambda region: float(region.box[0][0]))
     answer = [part for region in regions for part in (PhrasePart(region.phrase), BoxPart(region.box[0]))]
-    named = tuple((r.phrase.split()[-1], r.mask) for r in regions if r.mask is not None and r.phrase.split())
-    question = [UnitNamesPart(named)] if named else []
-    return conversation("plain_objects", (*question, choose(LIST, rng)), answer)
+    return conversation("plain_objects", (choose(LIST, rng),), answer)
 
 
 def _plain_names(sample: Sample, rng: Rng) -> Conversation:
-    """The name of each of several boxes."""
+    """The name of each of several boxes, and of each visual token the noun of the phrase that it lies under."""
     regions = _present(sample)
     order = range(len(regions)) if rng is None else rng.permutation(len(regions))
     asked = [regions[index] for index in order]
+    named = tuple((r.phrase.split()[-1], r.mask) for r in regions if r.mask is not None and r.phrase.split())
+    question = [UnitNamesPart(named)] if named else []
     before, after = choose(WHAT_BOX, rng)
     return conversation(
         "plain_names",
-        (before, *(BoxPart(region.box[0]) for region in asked), after),
+        (*question, before, *(BoxPart(region.box[0]) for region in asked), after),
         (", ".join(region.phrase for region in asked) + ".",),
     )
 
