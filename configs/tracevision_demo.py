@@ -158,10 +158,10 @@ def asked(*kinds: str) -> SceneConfig:
 
 STAGE0 = demo_recipe(
     "stage0",
-    ((PLAIN_SCENES, ("plain_objects+refer_box+refer_box",)),),
-    slot=192,
+    ((PLAIN_SCENES, ("plain_names+plain_objects",)),),
+    slot=208,
     rows=16,
-    steps=450,
+    steps=300,
     learning_rate=0.012,
     seed=0,
 )
@@ -170,8 +170,8 @@ STAGE1 = demo_recipe(
     ((asked("what", "what", "what"), ("trace_qa+trace_qa+trace_qa",)),),
     slot=200,
     rows=16,
-    steps=40,
-    learning_rate=0.006,
+    steps=30,
+    learning_rate=0.003,
     seed=10,
     points=42,
 )
@@ -179,17 +179,17 @@ STAGE1_5 = demo_recipe(
     "stage1_5",
     (
         (
-            asked("what", "what", "trace_segment", "segment", "box"),
-            ("trace_qa+trace_segment+refer_segment", "trace_from_caption+refer_box+trace_qa"),
+            asked("what", "trace_segment", "segment", "box", "box", "box"),
+            ("trace_qa+trace_segment+refer_segment", "trace_from_caption+refer_box+refer_box+refer_box"),
         ),
         (
             asked("what", "what", "box"),
             ("caption_from_trace+refer_segment", "trace_from_caption+refer_box+trace_qa"),
         ),
     ),
-    slot=200,
+    slot=208,
     rows=16,
-    steps=440,
+    steps=630,
     learning_rate=0.012,
     vision_rate=0.3,
     seed=20,

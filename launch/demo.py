@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 STAGES = ("stage0", "stage1", "stage1_5", "stage2")
 HELD_OUT_SEED = 1_000_001
 """No recipe trains on seeds from a million up."""
+EXAMPLES_ASKED = 40
+"""Scenes with dialogues, from which the report takes its examples of them."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,24 @@ def _report(
     args: Args, model: Path, evaluated: "list[Evaluated]", held_out: Any, seconds: dict[str, float]
 ) -> tuple[Path, dict[str, Any]]:
     """Write the report; (its page, its numbers)."""
+    from configs.tracevision_demo import asked
+    from data_loaders.sources.synthetic import SyntheticSource
+    from data_loaders.synthetic.config import SceneConfig
+    from data_loaders.synthetic.scenes import SyntheticScenes
     from evaluation.report import write_report
     from tracevision_jax.inference.loading import load
 
     print("writing the report", file=sys.stderr)
-    report = write_report(args.out, evaluated, held_out, load(model), seconds=seconds)
+    large = SceneConfig(height=(480, 480), width=(640, 640), named=(2, 3))
+    report = write_report(
+        args.out,
+        evaluated,
+        held_out,
+        load(model),
+        seconds=seconds,
+        asked_about=SyntheticSource(HELD_OUT_SEED + 1, EXAMPLES_ASKED, asked("dialogue", "which_trace", "what")),
+        simplified=SyntheticScenes(HELD_OUT_SEED, 1, large)[0],
+    )
     return report.page, report.metrics
 
 
