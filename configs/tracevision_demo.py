@@ -4,7 +4,7 @@
     tracevision train tracevision_demo_stage0             # or one by one
     tracevision train tracevision_demo_stage1 --init-from runs/tracevision_demo_stage0
 
-Hardware: 2 CPU cores, about 11 minutes for the four stages. What to expect stands in the report that `make demo`
+Hardware: 2 CPU cores, about 12 minutes for the four stages. What to expect stands in the report that `make demo`
 writes, and in the README.
 
 Everything is the real thing but its size: Qwen2.5-VL's tower (2 groups of a window and a full block), mRoPE with a
@@ -179,17 +179,17 @@ STAGE1_5 = demo_recipe(
     "stage1_5",
     (
         (
-            asked("what", "trace_segment", "segment", "box", "box", "box"),
-            ("trace_qa+trace_segment+refer_segment", "trace_from_caption+refer_box+refer_box+refer_box"),
+            asked("what", "what", "trace_segment", "segment", "box"),
+            ("trace_qa+trace_segment+refer_segment", "trace_from_caption+refer_box+trace_qa"),
         ),
         (
             asked("what", "what", "box"),
             ("caption_from_trace+refer_segment", "trace_from_caption+refer_box+trace_qa"),
         ),
     ),
-    slot=208,
+    slot=204,
     rows=16,
-    steps=630,
+    steps=640,
     learning_rate=0.012,
     vision_rate=0.3,
     seed=20,
@@ -200,7 +200,10 @@ STAGE2 = demo_recipe(
     "stage2",
     (
         (asked("dialogue", "what"), ("dialogue", "trace_qa")),
-        (asked("which_trace", "what", "trace_segment", "box"), ("trace_qa+trace_segment", "trace_qa+refer_box")),
+        (
+            asked("which_trace", "what", "trace_segment", "box"),
+            ("trace_qa+trace_segment", "trace_from_caption+refer_box"),
+        ),
     ),
     slot=192,
     rows=16,
