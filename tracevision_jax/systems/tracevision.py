@@ -207,11 +207,11 @@ class TraceVisionModel(nn.Module):
     ) -> Float[Array, "B K size size"]:
         """Mask logits of E_seg on the frames that they name (Eq. 5 and 16)."""
         config, vision = self.config.decoder, self.config.host.vision
-        levels = (
-            features_on_square(features, grid, side, vision.window_units, vision.merge)
-            for features, side in ((deep, config.grid), (shallow, 2 * config.grid))
-        )
-        return self.decoder(*levels, seg, frame)
+
+        def square(features: Array, side: int) -> Array:
+            return features_on_square(features, grid, side, vision.window_units, vision.merge)
+
+        return self.decoder(square(deep, config.grid), square(shallow, 2 * config.grid), seg, frame)
 
     def __call__(self, batch: Batch) -> tuple[Array, Array]:
         """Hidden states and mask logits of a training batch; touches every parameter but the head's use.
