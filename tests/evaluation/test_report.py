@@ -179,10 +179,10 @@ def test_what_the_demo_cannot_show_is_said(whole):
 
 def test_the_second_report_replaces_the_first(tmp_path):
     fabricated.write_stages(tmp_path)
-    first = write(tmp_path, asked=())
+    first = write(tmp_path)
     stale = first.page.parent / "images" / "stale.jpg"
     stale.write_bytes(b"")
-    second = write(tmp_path, evaluated=[], asked=(), model=fabricated.RoteModel("Another answer."))
+    second = write(tmp_path, evaluated=[], model=fabricated.RoteModel("Another answer."))
     assert "Another answer." in read(second).text and not stale.exists()
     assert len(list(stale.parent.iterdir())) == len(read(second).pictures)
 

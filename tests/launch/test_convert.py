@@ -133,7 +133,8 @@ def test_what_is_no_checkpoint_is_refused_with_the_reason(tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from tracevision_jax.weights import safetensors_io
 plain = safetensors_io.contiguous
 safetensors_io.contiguous = lambda array: (time.sleep(1), plain(array))[1]
