@@ -85,7 +85,13 @@ def _train(stage: str, args: Args, init_from: Path | None) -> bool:
         out=str(args.out / stage),
     )
     print(f"\n== {stage}: {steps} steps ==", flush=True)
-    return train(recipe).finished
+    finished = args.out / stage / f"finished_{steps}"
+    if finished.is_file():  # training would write the same model again, with another fingerprint
+        print("trained already")
+        return True
+    if train(recipe).finished:
+        finished.touch()
+    return finished.is_file()
 
 
 def held_out_scenes(folder: Path, count: int) -> "LocalizedNarratives":
@@ -97,7 +103,11 @@ def held_out_scenes(folder: Path, count: int) -> "LocalizedNarratives":
     from data_loaders.synthetic.scenes import SyntheticScenes
 
     config = replace(SCENES, questions=QUESTIONS, questions_per_scene=len(QUESTIONS))
-    narratives = export_narratives(SyntheticScenes(HELD_OUT_SEED, count, config), folder, "val")
+    written = folder / f"written_{count}.txt"
+    if not written.is_file():  # writing them again would change their fingerprint
+        narratives = export_narratives(SyntheticScenes(HELD_OUT_SEED, count, config), folder, "val")
+        written.write_text(str(Path(narratives).relative_to(folder)))
+    narratives = folder / written.read_text()
     return LocalizedNarratives([str(narratives)], folder, "coco", cache=folder / "cache")
 
 
