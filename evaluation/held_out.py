@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tracevision_jax.inference.engine import Engine
@@ -62,9 +61,8 @@ class HeldOutLoss:
         del step
         if not self.batches:
             return {}
-        made = [jax.device_get(self._sums(params, batch)) for batch in self.batches]
-        sums = {name: jnp.asarray([s[name] for s, _ in made]).sum() for name in made[0][0]}
-        weights = {name: jnp.asarray([w[name] for _, w in made]).sum() for name in made[0][1]}
+        made = [self._sums(params, batch) for batch in self.batches]
+        sums, weights = jax.tree.map(lambda *parts: sum(parts), *made)
         values = {name: float(value) for name, value in part_values(sums, weights).items()}
         return {"loss": float(total_loss(self.system.coefficients, sums, weights))} | values
 

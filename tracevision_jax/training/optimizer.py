@@ -20,6 +20,13 @@ from tracevision_jax.training.parameters import flatten, unflatten
 
 Schedule = Callable[[Any], jax.Array]
 
+ADAM_UPDATE_SIZE = 0.2
+"""Root mean square of AdamW's updates over its learning rate, measured in arXiv:2502.16982; Muon's are scaled to it."""
+STACKS = ("layers", "groups", "window")
+"""Modules whose parameters are stacked along a leading axis."""
+NO_MATRICES = ("head", "upsample", "neck_out")
+"""How modules begin whose kernels stay with Adam: the vocabulary's, and those of convolutions."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -81,24 +88,24 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     parts = []
     if config.clip_norm > 0:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    make = _muon if config.method == "muon" else _adamw
-    parts.append(make(config, learning_rate_schedule(config, steps)))
+    if config.method == "muon":
+        parts.append(_muon(config))
+    else:
+        parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
+    if config.weight_decay > 0:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decay_mask))
+    parts.append(optax.scale_by_learning_rate(learning_rate_schedule(config, steps)))
     if config.multipliers:
         parts.append(_scale_by_path(config.multipliers))
     return optax.chain(*parts)
 
 
-def _adamw(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
-    return optax.adamw(
-        schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=_decay_mask
-    )
-
-
-def _muon(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon's directions for matrices, Adam's for the rest; decay and learning rate come after it for both."""
     return optax.contrib.muon(
-        schedule,
+        learning_rate=-1.0,  # optax steps downhill by it: the direction alone, as `scale_by_adam` gives it
         beta=config.momentum,
-        weight_decay=config.weight_decay,
+        eps=config.epsilon,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
         muon_weight_dimension_numbers=lambda params: unflatten(
@@ -108,29 +115,20 @@ def _muon(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransfor
     )
 
 
-ADAM_UPDATE_SIZE = 0.2
-"""Root mean square of AdamW's updates over its learning rate, measured in arXiv:2502.16982; Muon's are scaled to it."""
-
-
 def matrix_axes(path: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
     """(input axes, output axes) of a kernel that multiplies as one matrix; None for everything else.
 
     Axes of stacked layers and of q, k, v in one kernel are left out: each matrix of a stack is one of its own.
     """
     *_, owner, name = path.split("/")
-    stacked = sum(part in STACKS for part in path.split("/"))
-    if name != "kernel" or owner.startswith(("upsample", "neck_out")) or path in ("host/language/head/kernel",):
+    if name != "kernel" or owner.startswith(NO_MATRICES):
         return None
-    first = stacked
+    first = sum(part in STACKS for part in path.split("/"))
     if owner == "qkv":
         return optax.contrib.MuonDimensionNumbers((first,), (first + 2, first + 3))
     if owner in ("o", "proj"):
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, ndim - 1)), (ndim - 1,))
     return optax.contrib.MuonDimensionNumbers((first,), tuple(range(first + 1, ndim)))
-
-
-STACKS = ("layers", "groups", "window")
-"""Modules whose parameters are stacked along a leading axis."""
 
 
 def _decay_mask(params: Any) -> Any:
