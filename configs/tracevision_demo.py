@@ -99,6 +99,7 @@ BASE = tracevision_config(
         "slot_words": True,
     },
     logit_chunk=0,
+    bin_reach=25,
 )
 
 

@@ -30,7 +30,7 @@ def narrative_files(folder: Path, dataset: str) -> dict[str, list[Path]]:
         known = ", ".join(f"ln_{name}" for name in DATASETS)
         raise UserError(f"no dataset 'ln_{dataset}'.{suggest(dataset, DATASETS)} Known: {known}")
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}")
+        raise UserError(f"no folder {folder}: give the one that holds the narratives of {dataset}, as downloaded")
     found: dict[str, list[Path]] = {}
     for file in sorted({file for level in DEPTH for file in folder.glob(f"{level}*.jsonl")}):
         match = NAME.fullmatch(file.name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.hosts.sampling import filter_logits, sample_tokens, sampling_settings
+from tracevision_jax.hosts.sampling import Scale, filter_logits, pool_neighbours, sample_tokens, sampling_settings
 
 
 def reference_probabilities(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -93,6 +93,33 @@ def test_a_forbidden_token_is_never_sampled_whatever_the_logits(temperature: flo
         settings = sampling_settings(rows, temperature, top_k, top_p)
         tokens = np.asarray(sample_tokens(jnp.asarray(logits), jnp.asarray(allowed), settings, 7))
         assert allowed[np.arange(rows), tokens].all()
+
+
+def test_a_value_counts_with_its_neighbours_and_other_tokens_alone() -> None:
+    scale = Scale(first=3, count=50, reach=4)
+    logits = np.random.default_rng(5).normal(0, 2, (20, 60)).astype(np.float32)
+    pooled = np.asarray(pool_neighbours(jnp.asarray(logits), scale))
+    for value in range(scale.count):
+        near = range(max(0, value - scale.reach), min(scale.count, value + scale.reach + 1))
+        expected = np.log(np.exp(logits[:, [scale.first + other for other in near]].astype(np.float64)).sum(-1))
+        np.testing.assert_allclose(pooled[:, scale.first + value], expected, rtol=1e-5, atol=1e-5)
+    others = np.r_[0:3, 53:60]
+    np.testing.assert_array_equal(pooled[:, others], logits[:, others])
+
+
+@pytest.mark.parametrize("reach, expected", [(0, 0), (3, 40)])
+def test_a_greedy_number_is_where_most_probability_lies_and_forbidden_values_say_nothing(
+    reach: int, expected: int
+) -> None:
+    probability = np.full(100, 1e-4)
+    probability[0] = 0.1  # the largest alone, as clipped values make the ends of a scale
+    probability[37:44] = [0.04, 0.05, 0.06, 0.07, 0.06, 0.05, 0.04]
+    probability[70:75] = 0.09  # forbidden
+    allowed = np.ones((1, 100), bool)
+    allowed[:, 70:75] = False
+    scale = Scale(0, 100, reach)
+    logits = jnp.log(jnp.asarray(probability, jnp.float32))[None]
+    assert sample_tokens(logits, jnp.asarray(allowed), sampling_settings(1), 0, scale)[0] == expected
 
 
 def test_tokens_that_tie_at_the_edge_are_kept_together() -> None:

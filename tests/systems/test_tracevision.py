@@ -223,6 +223,20 @@ def test_pictures_must_be_cut_as_the_tower_takes_them(system):
         dataclasses.replace(system.config, processor=rows)
 
 
+@pytest.mark.parametrize(
+    ("changes", "coordinates", "reason"),
+    [
+        ({"bin_reach": 1000}, "bins", "bin_reach is 1000; a coordinate has 1000 bins"),
+        ({"bin_reach": -1}, "bins", "bin_reach is -1"),
+        ({"bin_reach": 5}, "digits", "written digits have no neighbours"),
+    ],
+)
+def test_a_reach_that_no_coordinate_has_is_refused(system, changes, coordinates, reason):
+    rows = dataclasses.replace(system.config.processor, coordinates=coordinates)
+    with pytest.raises(UserError, match=reason):
+        dataclasses.replace(system.config, processor=rows, **changes)
+
+
 def test_parameters_are_drawn_from_the_key_alone(system):
     one, same, other = (jax.jit(system.init)(jax.random.key(seed)) for seed in (0, 0, 1))
     assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True))

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -120,13 +121,24 @@ def test_an_interrupted_run_saves_says_so_and_ends_in_the_same_bits(finished, tm
         np.testing.assert_array_equal(params_of(tmp_path)[path], leaf, err_msg=path)
 
 
-def test_the_same_command_after_the_end_trains_no_further(finished):
+def test_the_same_command_after_the_end_leaves_the_model_as_it_is(finished):
     directory, _, _ = finished
-    before = params_of(directory)
-    summary, _ = run(directory)
-    assert summary.finished
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in sorted((directory / "model").rglob("*")) if path.is_file()}
+
+    before, evaluated = files(), []
+    summary, _ = run(directory, evaluators={"held out": lambda params, step: evaluated.append(step) or {}})
+    assert summary.finished and summary.model == directory / "model"
+    assert before and files() == before and not evaluated
+
+
+def test_a_finished_run_whose_model_is_gone_exports_it_again(finished, tmp_path):
+    directory, _, _ = finished
+    shutil.copytree(directory / "checkpoints", tmp_path / "checkpoints")
+    assert run(tmp_path)[0].finished
     for path, leaf in params_of(directory).items():
-        np.testing.assert_array_equal(before[path], leaf)
+        np.testing.assert_array_equal(params_of(tmp_path)[path], leaf, err_msg=path)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.hosts.grammar import Grammar, GrammarState, advance, allowed_tokens, check_prefix
-from tracevision_jax.hosts.sampling import SamplingSettings, sample_tokens, sampling_settings
+from tracevision_jax.hosts.sampling import SamplingSettings, Scale, sample_tokens, sampling_settings
 from tracevision_jax.language.cache import KVCache, init_cache
 from tracevision_jax.language.model import LanguageModel
 from tracevision_jax.layers.sharding import Rules, activation_sharding, constrain, layout
@@ -130,18 +130,20 @@ def decode(
     forced: Int[Array, "batch new"],
     budgets: Int[Array, "batch"],
     stop: Int[Array, ""],
+    scale: Scale | None = None,
 ) -> DecodeState:
     """Write tokens until step `stop` or until every row is finished; `forced` is -1 where a token is free."""
 
     def unfinished(state: DecodeState) -> jax.Array:
         return jnp.asarray(state.step < stop) & jnp.any(state.result.finish == RUNNING)
 
-    step = functools.partial(_decode_step, model, params, grammar, settings, forced, budgets)
+    step = functools.partial(_decode_step, model, scale, params, grammar, settings, forced, budgets)
     return _constrained(lax.while_loop(unfinished, step, state))
 
 
 def _decode_step(
     model: LanguageModel,
+    scale: Scale | None,
     params: Params,
     grammar: Grammar,
     settings: SamplingSettings,
@@ -154,7 +156,7 @@ def _decode_step(
     logits = jnp.asarray(model.apply({"params": params}, state.last, method="logits"))
     allowed = allowed_tokens(grammar, state.grammar, budgets - step)
     given = lax.dynamic_index_in_dim(jnp.asarray(forced), step, axis=1, keepdims=False)
-    token = jnp.where(given >= 0, given, sample_tokens(logits, allowed, settings, step))
+    token = jnp.where(given >= 0, given, sample_tokens(logits, allowed, settings, step, scale))
     token = jnp.where(running, token, 0)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     log_probability = jnp.where(running, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
@@ -206,8 +208,17 @@ def _constrained(state: DecodeState) -> DecodeState:
 class Generator:
     """A language model with a grammar, compiled once for each shape that it meets."""
 
-    def __init__(self, model: LanguageModel, grammar: Grammar, mesh: Mesh | None = None, rules: Rules | None = None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        grammar: Grammar,
+        mesh: Mesh | None = None,
+        rules: Rules | None = None,
+        scale: Scale | None = None,
+    ):
         """`mesh` and `rules` (logical axis -> mesh axes) split rows and heads; parameters come laid out.
+
+        Tokens of `scale` are chosen with their neighbours (`sampling.pool_neighbours`).
 
         Raises ValueError when the grammar is about another vocabulary than the model's.
         """
@@ -219,7 +230,7 @@ class Generator:
         whole = None if mesh is None else NamedSharding(mesh, jax.sharding.PartitionSpec())
         self.grammar: Grammar = jax.device_put(grammar, whole)
         self._prefill = jax.jit(functools.partial(prefill, model), static_argnums=(0, 1))
-        self._decode = jax.jit(functools.partial(decode, model), donate_argnums=1)
+        self._decode = jax.jit(functools.partial(decode, model, scale=scale), donate_argnums=1)
 
     def generate(
         self,

@@ -28,7 +28,7 @@ from tracevision_jax.errors import UserError
 from tracevision_jax.hosts import generation
 from tracevision_jax.hosts.generation import ENDED, Generator
 from tracevision_jax.hosts.grammar import Grammar, answer_grammar
-from tracevision_jax.hosts.sampling import SamplingSettings, sampling_settings
+from tracevision_jax.hosts.sampling import SamplingSettings, Scale, sampling_settings
 from tracevision_jax.inference.answers import Answer, AnswerPart, Mask, MaskPlace, read_tokens, readable
 from tracevision_jax.inference.attention import BlockAttention, block_attention
 from tracevision_jax.inference.buckets import BatchPlan, plan_batches, power_of_two
@@ -39,7 +39,7 @@ from tracevision_jax.parallel.rules import ACTIVATIONS
 from tracevision_jax.records.batch import Batch, Bucket
 from tracevision_jax.records.collate import collate
 from tracevision_jax.records.processor import Piece
-from tracevision_jax.records.vocabulary import SLOTS, Vocabulary
+from tracevision_jax.records.vocabulary import BINS, SLOTS, Vocabulary
 from tracevision_jax.systems.tracevision import TraceVisionConfig, TraceVisionModel
 
 MASKS_AT_ONCE = 16
@@ -115,7 +115,8 @@ class Engine:
         self.config = dataclasses.replace(config, processor=processor)
         self.params, self.vocabulary, self.mesh, self.buckets = params, vocabulary, mesh, tuple(buckets)
         grammar = answer_grammar(vocabulary, processor.max_points) if grammar is None else grammar
-        self.generator = Generator(LanguageModel(language), grammar, mesh, ACTIVATIONS)
+        bins = Scale(vocabulary.first_bin, BINS, config.bin_reach) if config.bin_reach else None
+        self.generator = Generator(LanguageModel(language), grammar, mesh, ACTIVATIONS, bins)
         model = TraceVisionModel(self.config)
         self._encode = jax.jit(functools.partial(_encode, model))
         self._maps = jax.jit(functools.partial(_maps, model))

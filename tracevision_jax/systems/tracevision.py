@@ -61,6 +61,9 @@ class TraceVisionConfig:
     """After which groups of the tower the decoder reads: (shallow, deep)."""
     logit_chunk: int = 1024
     """Tokens whose logits exist at one time in the loss; 0 makes them all at once."""
+    bin_reach: int = 0
+    """Answers at temperature 0 take the coordinate bin with the most probability within so many bins of it; 0 compares
+    single bins, as the released hosts' greedy decoding does."""
 
     def __post_init__(self):
         host, decoder = self.host, self.decoder
@@ -69,6 +72,10 @@ class TraceVisionConfig:
                 f"The TVP has width {self.tvp.width} and the decoder takes E_seg of width {decoder.text_width}; both "
                 f"must be the language model's width {host.language.width}."
             )
+        if not 0 <= self.bin_reach < BINS:
+            raise UserError(f"bin_reach is {self.bin_reach}; a coordinate has {BINS} bins.")
+        if self.bin_reach and self.processor.coordinates != "bins":
+            raise UserError("bin_reach is for coordinates as bins; written digits have no neighbours.")
         if decoder.visual_width != host.vision.width:
             raise UserError(
                 f"The pixel decoder takes features of width {decoder.visual_width}, the tower has {host.vision.width}."

@@ -34,7 +34,7 @@ from tracevision_jax.training.parameters import count, merge, split_for_stage
 from tracevision_jax.training.recipe import TrainRecipe, check, differences
 from tracevision_jax.training.source import BatchSource, StepBatch
 from tracevision_jax.training.step import TrainState, create_state, make_train_step, state_shardings
-from tracevision_jax.weights.model_directory import save_model
+from tracevision_jax.weights.model_directory import is_model, save_model
 
 Evaluator = Callable[[Params, int], Mapping[str, Any]]
 """(parameters, step) -> numbers, and pictures as (height, width, 3) uint8."""
@@ -226,11 +226,10 @@ def _train(
         stopped = interruption.signal.name if interruption.signal and done < steps else ""
         if saved != done:
             checkpoints.save(done, {"state": state, "frozen": frozen}, run.meta())
-        model = None
-        if not stopped:
+        model = run.directory / "model" if not stopped else None
+        if model and not (start == steps and is_model(model)):  # a finished run stays as it is, whatever read it since
             if evaluators and evaluated != done:
                 _evaluate(evaluators, state, frozen, done, journal)
-            model = run.directory / "model"
             config = {"system": recipe.system, "model": to_json(run.system.config), "recipe": to_json(recipe)}
             save_model(model, config, merge(state.trained, frozen), folders)
         checkpoints.wait()
