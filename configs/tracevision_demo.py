@@ -31,6 +31,8 @@ from tracevision_jax.vision.preprocess import VisionInputConfig
 
 HELD_OUT_SEED = 1_000_003
 SIDE_PX = 96
+EVALUATE_EVERY = 200
+"""Steps."""
 TOKENS = 480
 """Of the tokenizer."""
 
@@ -127,6 +129,7 @@ def demo_recipe(
     )
     conversations = max(len(tasks) for _, tasks in mixture)
     bucket = Bucket(slot * conversations, 1, 4, conversations, points, masks)
+    long = steps > EVALUATE_EVERY  # a short stage would take longer to evaluate than to train
     return register(
         TrainRecipe(
             name=f"tracevision_demo_{stage}",
@@ -146,7 +149,9 @@ def demo_recipe(
                 multipliers=(("^host/vision", vision_rate),) if vision_rate != 1 else (),
             ),
             checkpoint=CheckpointConfig(every=0, keep=1),
-            evaluation=EvaluationConfig(every=200, samples=64, pictures=2 if masks else 0, sources=held_out),
+            evaluation=EvaluationConfig(
+                every=EVALUATE_EVERY, samples=64, pictures=2 if masks else 0, sources=held_out if long else ()
+            ),
             log_every=10,
         )
     )

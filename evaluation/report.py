@@ -99,7 +99,7 @@ def write_report(
         asked_about: held-out samples with questions of these kinds; `held_out` by default.
         simplified: a scene of a photograph's size, simplified with the paper's 5 px; by default the held-out scene
             with most recorded points, simplified as the model is given it.
-        photograph: a real picture with a drawn trace; by default the one that may lie beside the checkout.
+        photograph: a real picture with a drawn trace; by default the embedded portrait.
         examples: how many to show of each task.
 
     Raises:

@@ -176,56 +176,44 @@ class Photograph:
         return np.column_stack([CubicSpline(knots[:, 2], knots[:, :2])(times), times])
 
 
-TRUCK = (
-    (0.09, 0.50, 0.0),
-    (0.13, 0.45, 0.3),
-    (0.17, 0.34, 0.6),
-    (0.27, 0.30, 0.9),
-    (0.40, 0.30, 1.2),
-    (0.45, 0.38, 1.4),
-    (0.36, 0.46, 1.7),
-    (0.24, 0.48, 2.0),
-    (0.25, 0.60, 2.3),
-    (0.30, 0.68, 2.5),
-    (0.36, 0.63, 2.7),
-    (0.31, 0.56, 2.9),
-    (0.27, 0.62, 3.1),
-    (0.34, 0.66, 3.4),
-    (0.45, 0.53, 3.7),
-    (0.57, 0.42, 4.0),
-    (0.62, 0.31, 4.2),
-    (0.68, 0.35, 4.4),
-    (0.62, 0.43, 4.7),
-    (0.70, 0.48, 5.0),
-    (0.80, 0.49, 5.3),
-    (0.89, 0.53, 5.6),
-    (0.87, 0.61, 5.8),
-    (0.81, 0.61, 6.0),
-    (0.81, 0.53, 6.2),
-    (0.87, 0.52, 6.4),
-    (0.89, 0.58, 6.6),
+PORTRAIT = (
+    (0.10, 0.14, 0.0),
+    (0.16, 0.22, 0.3),
+    (0.11, 0.30, 0.6),
+    (0.17, 0.35, 0.8),
+    (0.30, 0.20, 1.2),
+    (0.42, 0.13, 1.5),
+    (0.50, 0.09, 1.8),
+    (0.58, 0.13, 2.0),
+    (0.50, 0.16, 2.2),
+    (0.42, 0.30, 2.6),
+    (0.48, 0.33, 2.8),
+    (0.58, 0.31, 3.1),
+    (0.52, 0.39, 3.4),
+    (0.50, 0.48, 3.7),
+    (0.50, 0.58, 4.0),
+    (0.50, 0.70, 4.3),
+    (0.36, 0.80, 4.7),
+    (0.22, 0.83, 5.0),
+    (0.40, 0.88, 5.4),
+    (0.62, 0.86, 5.7),
+    (0.72, 0.84, 5.9),
+    (0.82, 0.85, 6.1),
+    (0.78, 0.87, 6.3),
+    (0.68, 0.86, 6.6),
 )
-"""A hand that goes round the truck of the photograph below: cabin, rear wheel, door, bonnet, front wheel."""
+"""A hand over the portrait below: stars of the flag, badge of the cap, glasses, chin, tie, name plate, ribbons."""
 
 
-def find_photograph() -> Photograph | None:
-    """The photograph of a white truck beside the checkout (`../shared/data/images`), where it is there.
-
-    None of the packages that this project depends on brings a photograph, and the repository holds none.
-    """
-    path = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "images" / "truck.jpg"
-    return Photograph(path, TRUCK, "facebookresearch/sam2, Apache-2.0") if path.is_file() else None
+def find_photograph() -> Photograph:
+    """The embedded portrait of Grace Hopper."""
+    path = Path(__file__).with_name("portrait.jpg")
+    return Photograph(path, PORTRAIT, "Grace Hopper, by James S. Davis, United States Navy, public domain")
 
 
-def photograph_section(model: Model, photograph: Photograph | None, side_px: int, images: Images) -> Section:
+def photograph_section(model: Model, photograph: Photograph, side_px: int, images: Images) -> Section:
     """What the model makes of a real picture, reduced to a longer side of `side_px`, as large as it was trained on."""
     title = "A real photograph"
-    if photograph is None or not photograph.path.is_file():
-        missing = (
-            "There is no photograph beside this checkout (../shared/data/images/truck.jpg), and none of the installed "
-            "packages brings one. `tracevision predict CHECKPOINT --image PICTURE --trace TRACE` shows any."
-        )
-        return Section("photograph", title, missing=missing)
     image, trace = read_image(photograph.path), photograph.trace
     factor = min(1.0, side_px / max(image.shape[:2]))
     height, width = (max(1, round(side * factor)) for side in image.shape[:2])

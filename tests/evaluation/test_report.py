@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import report as report_module
 from evaluation.report import ASKED, LIMITS, STAGES, Report, write_report
 from evaluation.report_examples import Evaluated
-from evaluation.report_figures import TRUCK, Photograph
+from evaluation.report_figures import PORTRAIT, Photograph
 from evaluation.report_targets import page_table, targets, verdict
 from evaluation.sweep import Outcome
 from evaluation.task import Table
@@ -82,7 +81,7 @@ def whole(tmp_path_factory) -> Report:
     run = tmp_path_factory.mktemp("run")
     fabricated.write_stages(run)
     Image.fromarray(np.full((90, 160, 3), 120, np.uint8)).save(run / "photo.png")
-    return write(run, photograph=Photograph(run / "photo.png", TRUCK, "drawn for this test"))
+    return write(run, photograph=Photograph(run / "photo.png", PORTRAIT, "drawn for this test"))
 
 
 def tables(**numbers: float | None) -> dict[str, list[Table]]:
@@ -286,14 +285,13 @@ def test_metrics_without_java_are_null_with_their_reason(whole):
     assert captions["values"]["CIDEr"] is None and captions["reasons"]["CIDEr"] == "there is no Java on this machine"
 
 
-def test_a_run_with_nothing_in_it_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_module, "find_photograph", lambda: None)
+def test_a_run_with_nothing_in_it_says_what_is_missing(tmp_path):
     report = write(tmp_path, evaluated=[], asked=("dialogue",), asked_about=fabricated.scenes(0))
     text = read(report).text
     assert text.count("This run has no metrics of this stage.") == len(STAGES)
     assert "0 of 7 targets reached." in text and "not measured" in text
     assert "The held-out scenes hold no question of this kind" in text
-    assert "There is no photograph beside this checkout" in text
+    assert "A real photograph" in text and "portrait.jpg" in text, "which is embedded"
     assert all(target["value"] is None for target in report.metrics["targets"].values())
 
 

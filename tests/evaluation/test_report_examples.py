@@ -16,7 +16,14 @@ from evaluation.report_examples import (
     example_picture,
     text_of_parts,
 )
-from evaluation.report_figures import TRUCK, Photograph, attention_section, moment_map, photograph_section
+from evaluation.report_figures import (
+    PORTRAIT,
+    Photograph,
+    attention_section,
+    find_photograph,
+    moment_map,
+    photograph_section,
+)
 from evaluation.report_pictures import Images
 from tests.evaluation import fabricated_run as fabricated
 from tests.inference import tiny
@@ -26,6 +33,7 @@ from tracevision_jax.inference.tracevision import TraceVisionInference
 from tracevision_jax.records.batch import Bucket
 from tracevision_jax.records.sample import BoxPart, MaskPart, PhrasePart, TracePart
 from tracevision_jax.trajectory.checks import check_trace
+from tracevision_jax.vision.pictures import read_image
 
 SCENES = fabricated.scenes(3, 32)
 TASKS = {task.name: task for task in fabricated.TASKS}
@@ -144,8 +152,10 @@ def test_one_keypoint_has_a_map():
     assert moment_map(np.zeros((8, 8, 3), np.uint8), np.ones((1, 2, 2)), np.array([0.5])).width > 0
 
 
-def test_the_trace_over_the_photograph_is_one_that_a_model_takes(tmp_path):
-    trace = Photograph(tmp_path / "truck.jpg", TRUCK, "").trace
+def test_the_trace_over_the_embedded_photograph_is_one_that_a_model_takes():
+    photograph = find_photograph()
+    trace = photograph.trace
+    assert read_image(photograph.path).shape == (600, 512, 3)
     assert (check_trace(trace) == trace).all() and 300 < len(trace) < 500
     assert trace[:, :2].min() > 0.05 and trace[:, :2].max() < 0.95
     assert np.allclose(np.diff(trace[:, 2]), 1 / 60)
@@ -158,5 +168,5 @@ def test_a_real_model_answers_what_the_report_asks(images, tmp_path):
     maps = attention_section(model, [SCENES[0]], images)
     assert len(maps.cards) == 1 and maps.cards[0].panels == 3
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "photo.png")
-    section = photograph_section(model, Photograph(tmp_path / "photo.png", TRUCK, "a test"), 32, images)
+    section = photograph_section(model, Photograph(tmp_path / "photo.png", PORTRAIT, "a test"), 32, images)
     assert section.cards[0].lines[0].text and "32 x 21 pixels" in section.note
