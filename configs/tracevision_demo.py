@@ -4,7 +4,7 @@
     tracevision train tracevision_demo_stage0             # or one by one
     tracevision train tracevision_demo_stage1 --init-from runs/tracevision_demo_stage0
 
-Hardware: 2 CPU cores, about 12 minutes for the four stages. What to expect stands in the report that `make demo`
+Hardware: 2 CPU cores, about 14 minutes for the four stages. What to expect stands in the report that `make demo`
 writes, and in the README.
 
 Everything is the real thing but its size: Qwen2.5-VL's tower (2 groups of a window and a full block), mRoPE with a
@@ -32,7 +32,7 @@ from tracevision_jax.vision.preprocess import VisionInputConfig
 HELD_OUT_SEED = 1_000_003
 SIDE_PX = 96
 EVALUATE_EVERY = 200
-"""Steps."""
+"""Steps; a stage that is no longer is not evaluated on the way, which would take longer than to train it."""
 TOKENS = 480
 """Of the tokenizer."""
 
@@ -129,7 +129,6 @@ def demo_recipe(
     )
     conversations = max(len(tasks) for _, tasks in mixture)
     bucket = Bucket(slot * conversations, 1, 4, conversations, points, masks)
-    long = steps > EVALUATE_EVERY  # a short stage would take longer to evaluate than to train
     return register(
         TrainRecipe(
             name=f"tracevision_demo_{stage}",
@@ -150,7 +149,10 @@ def demo_recipe(
             ),
             checkpoint=CheckpointConfig(every=0, keep=1),
             evaluation=EvaluationConfig(
-                every=EVALUATE_EVERY, samples=64, pictures=2 if masks else 0, sources=held_out if long else ()
+                every=EVALUATE_EVERY,
+                samples=64,
+                pictures=2 if masks else 0,
+                sources=held_out if steps > EVALUATE_EVERY else (),
             ),
             log_every=10,
         )

@@ -22,9 +22,9 @@ from evaluation import report_page, tables
 from evaluation.report_curves import Stage, line_chart, panels, read_stage
 from evaluation.report_examples import Evaluated, asked_section, evaluated_section
 from evaluation.report_figures import (
+    PORTRAIT,
     Photograph,
     attention_section,
-    find_photograph,
     photograph_section,
     simplification_section,
 )
@@ -82,7 +82,7 @@ def write_report(
     asked: Sequence[str] = ASKED,
     asked_about: Samples | None = None,
     simplified: Sample | None = None,
-    photograph: Photograph | None = None,
+    photograph: Photograph = PORTRAIT,
     examples: int = EXAMPLES,
 ) -> Report:
     """Write RUN_DIR/report.
@@ -128,7 +128,7 @@ def write_report(
         figures=(
             attention_section(model, [sample for sample in first if sample.strokes], images),
             _simplification(model, held_out, simplified, images),
-            photograph_section(model, photograph or find_photograph(), _side_px(first), images),
+            photograph_section(model, photograph, _side_px(first), images),
         ),
         times=_times(stages, seconds),
         machine=_machine(),

@@ -3,7 +3,7 @@ photograph with a drawn trace.
 
     attention_section(model, samples, images)          # images: an `Images` folder
     simplification_section(sample, Simplification(), images)
-    photograph_section(model, find_photograph(), side_px=128, images=images)
+    photograph_section(model, PORTRAIT, side_px=128, images=images)
 
 `model` is `tv.load(...)`'s, or anything with its `describe` and `attention`.
 """
@@ -176,44 +176,41 @@ class Photograph:
         return np.column_stack([CubicSpline(knots[:, 2], knots[:, :2])(times), times])
 
 
-PORTRAIT = (
-    (0.10, 0.14, 0.0),
-    (0.16, 0.22, 0.3),
-    (0.11, 0.30, 0.6),
-    (0.17, 0.35, 0.8),
-    (0.30, 0.20, 1.2),
-    (0.42, 0.13, 1.5),
-    (0.50, 0.09, 1.8),
-    (0.58, 0.13, 2.0),
-    (0.50, 0.16, 2.2),
-    (0.42, 0.30, 2.6),
-    (0.48, 0.33, 2.8),
-    (0.58, 0.31, 3.1),
-    (0.52, 0.39, 3.4),
-    (0.50, 0.48, 3.7),
-    (0.50, 0.58, 4.0),
-    (0.50, 0.70, 4.3),
-    (0.36, 0.80, 4.7),
-    (0.22, 0.83, 5.0),
-    (0.40, 0.88, 5.4),
-    (0.62, 0.86, 5.7),
-    (0.72, 0.84, 5.9),
-    (0.82, 0.85, 6.1),
-    (0.78, 0.87, 6.3),
-    (0.68, 0.86, 6.6),
+PORTRAIT = Photograph(
+    Path(__file__).with_name("portrait.jpg"),
+    (
+        (0.10, 0.14, 0.0),
+        (0.16, 0.22, 0.3),
+        (0.11, 0.30, 0.6),
+        (0.17, 0.35, 0.8),
+        (0.30, 0.20, 1.2),
+        (0.42, 0.13, 1.5),
+        (0.50, 0.09, 1.8),
+        (0.58, 0.13, 2.0),
+        (0.50, 0.16, 2.2),
+        (0.42, 0.30, 2.6),
+        (0.48, 0.33, 2.8),
+        (0.58, 0.31, 3.1),
+        (0.52, 0.39, 3.4),
+        (0.50, 0.48, 3.7),
+        (0.50, 0.58, 4.0),
+        (0.50, 0.70, 4.3),
+        (0.36, 0.80, 4.7),
+        (0.22, 0.83, 5.0),
+        (0.40, 0.88, 5.4),
+        (0.62, 0.86, 5.7),
+        (0.72, 0.84, 5.9),
+        (0.82, 0.85, 6.1),
+        (0.78, 0.87, 6.3),
+        (0.68, 0.86, 6.6),
+    ),
+    "Grace Hopper, by James S. Davis, United States Navy, public domain",
 )
-"""A hand over the portrait below: stars of the flag, badge of the cap, glasses, chin, tie, name plate, ribbons."""
-
-
-def find_photograph() -> Photograph:
-    """The embedded portrait of Grace Hopper."""
-    path = Path(__file__).with_name("portrait.jpg")
-    return Photograph(path, PORTRAIT, "Grace Hopper, by James S. Davis, United States Navy, public domain")
+"""Embedded; a hand goes over stars of the flag, badge of the cap, glasses, chin, tie, name plate, ribbons."""
 
 
 def photograph_section(model: Model, photograph: Photograph, side_px: int, images: Images) -> Section:
     """What the model makes of a real picture, reduced to a longer side of `side_px`, as large as it was trained on."""
-    title = "A real photograph"
     image, trace = read_image(photograph.path), photograph.trace
     factor = min(1.0, side_px / max(image.shape[:2]))
     height, width = (max(1, round(side * factor)) for side in image.shape[:2])
@@ -238,7 +235,7 @@ def photograph_section(model: Model, photograph: Photograph, side_px: int, image
         "this demo has never seen anything but synthetic scenes of coloured shapes, so its words are about those: "
         "what can be judged here is where it looks, not what it names."
     )
-    return Section("photograph", title, note, (card,))
+    return Section("photograph", "A real photograph", note, (card,))
 
 
 def _keypoints_drawn(image: Picture, points: Float[np.ndarray, "points 3"]) -> Image.Image:

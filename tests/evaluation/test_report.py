@@ -81,7 +81,7 @@ def whole(tmp_path_factory) -> Report:
     run = tmp_path_factory.mktemp("run")
     fabricated.write_stages(run)
     Image.fromarray(np.full((90, 160, 3), 120, np.uint8)).save(run / "photo.png")
-    return write(run, photograph=Photograph(run / "photo.png", PORTRAIT, "drawn for this test"))
+    return write(run, photograph=Photograph(run / "photo.png", PORTRAIT.strokes, "drawn for this test"))
 
 
 def tables(**numbers: float | None) -> dict[str, list[Table]]:

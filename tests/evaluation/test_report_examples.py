@@ -20,7 +20,6 @@ from evaluation.report_figures import (
     PORTRAIT,
     Photograph,
     attention_section,
-    find_photograph,
     moment_map,
     photograph_section,
 )
@@ -153,9 +152,8 @@ def test_one_keypoint_has_a_map():
 
 
 def test_the_trace_over_the_embedded_photograph_is_one_that_a_model_takes():
-    photograph = find_photograph()
-    trace = photograph.trace
-    assert read_image(photograph.path).shape == (600, 512, 3)
+    trace = PORTRAIT.trace
+    assert read_image(PORTRAIT.path).shape == (600, 512, 3)
     assert (check_trace(trace) == trace).all() and 300 < len(trace) < 500
     assert trace[:, :2].min() > 0.05 and trace[:, :2].max() < 0.95
     assert np.allclose(np.diff(trace[:, 2]), 1 / 60)
@@ -168,5 +166,5 @@ def test_a_real_model_answers_what_the_report_asks(images, tmp_path):
     maps = attention_section(model, [SCENES[0]], images)
     assert len(maps.cards) == 1 and maps.cards[0].panels == 3
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "photo.png")
-    section = photograph_section(model, Photograph(tmp_path / "photo.png", PORTRAIT, "a test"), 32, images)
+    section = photograph_section(model, Photograph(tmp_path / "photo.png", PORTRAIT.strokes, "a test"), 32, images)
     assert section.cards[0].lines[0].text and "32 x 21 pixels" in section.note

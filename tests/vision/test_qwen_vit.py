@@ -57,10 +57,10 @@ def as_in(model, values) -> torch.Tensor:
     return torch.tensor(values, dtype=next(model.parameters()).dtype)
 
 
-def report(name: str, ours: float, floor: float, limit: float) -> None:
-    """Print our error beside the reference's own, float32 against float64, and hold it to the limit."""
-    print(f"{name}: error {ours:.1e}, floor {floor:.1e}, limit {limit:.0e}")
-    assert ours <= limit
+def shown(name: str, ours: float, floor: float) -> float:
+    """Our error, printed beside the reference's own, float32 against float64."""
+    print(f"{name}: error {ours:.1e}, floor {floor:.1e}")
+    return ours
 
 
 def test_each_module_equals_the_reference(rng):
@@ -111,7 +111,7 @@ def test_each_module_equals_the_reference(rng):
     for name, (ours, theirs) in cases.items():
         with torch.no_grad():
             narrow, exact = numpy_of(theirs(tower)), numpy_of(theirs(wide))
-        report(name, error(ours, exact), error(narrow, exact), MODULE)
+        assert shown(name, error(ours, exact), error(narrow, exact)) <= MODULE
 
 
 @pytest.mark.parametrize("name", ["tiny", "released layout"])
@@ -141,8 +141,8 @@ def test_the_tower_equals_the_reference_on_odd_sizes(rng, name):
         return np.concatenate(frames)
 
     ours = in_raster_order(units, raster_units, v.merge)
-    report(f"{name} units", error(ours, numpy_of(exact.pooler_output)),
-           error(numpy_of(narrow.pooler_output), numpy_of(exact.pooler_output)), TOWER)  # fmt: skip
+    theirs, theirs_narrow = (numpy_of(x.pooler_output) for x in (exact, narrow))
+    assert shown(f"{name} units", error(ours, theirs), error(theirs_narrow, theirs)) <= TOWER
 
     # The reference's hidden states lie in window order without padding; ours are put into that.
     order = []
@@ -155,8 +155,8 @@ def test_the_tower_equals_the_reference_on_odd_sizes(rng, name):
     for group, state in zip(groups, hidden, strict=True):
         block = group * (v.window_blocks + 1)
         theirs, theirs_narrow = (numpy_of(x.hidden_states[block]) for x in (exact, narrow))
-        report(f"{name} after group {group}", error(in_raster_order(state, raster_slots, 1)[order], theirs),
-               error(theirs_narrow, theirs), TOWER)  # fmt: skip
+        found = error(in_raster_order(state, raster_slots, 1)[order], theirs)
+        assert shown(f"{name} after group {group}", found, error(theirs_narrow, theirs)) <= TOWER
 
 
 SMALL = QwenVisionConfig(
