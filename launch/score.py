@@ -1,15 +1,17 @@
-"""Score anybody's predictions from files: `lbm` for traces, `captions` for texts, `masks` for segmentations.
+"""Score anybody's predictions from files: `lbm` traces, `captions` texts, `masks` masks, `jf` masks of videos.
 
-Each takes two JSON files with the same ids, prints a table, or with --json JSON alone, and refuses malformed
-files with the entry and the reason.
+Each takes two JSON files with the same ids, or for videos two folders, prints a table, or with --json JSON alone,
+and refuses malformed files with the entry and the reason.
 
   tracevision score lbm --predictions p.json --references r.json --k 0 1
   tracevision score captions --predictions p.json --references r.json
   tracevision score masks --predictions p.json --references r.json --json
+  tracevision score jf --predictions results --masks DAVIS/Annotations/480p
 """
 
 import json as json_format
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +89,32 @@ class Masks:
     """Print {"gIoU": ..., "cIoU": ..., "samples": {id: IoU}} and nothing else."""
 
 
-Args = Lbm | Captions | Masks
+@dataclass(frozen=True)
+class Jf:
+    """Score masks of videos: J (region) and F (boundary), their recall and decay, as DAVIS's semi-supervised track.
+
+    Both folders hold SEQUENCE/FRAME.png, a palette PNG (or 8-bit grey) whose values are object ids; or SA-V's JSON,
+    a file a video. Objects are the ids of a sequence's first true mask, matched by id; the first and the last frame
+    are not scored, and predictions need not have them. Scores are means over objects. A sequence with nothing to
+    score has null in JSON and enters no mean.
+
+    Examples:
+      tracevision score jf --predictions results --masks DAVIS/Annotations/480p
+      tracevision score jf --predictions results --masks masks --binary --json
+    """
+
+    predictions: Path
+    """Folder of predicted masks."""
+    masks: Path
+    """Folder of true masks."""
+    binary: bool = False
+    """Join all ids of a frame into one object."""
+    json: bool = False
+    """Print {"J": ..., "F": ..., "J&F": ..., "J-recall": ..., "J-decay": ..., "F-recall": ..., "F-decay": ...,
+    "sequences": {name: {the same}}} and nothing else."""
+
+
+Args = Lbm | Captions | Masks | Jf
 
 
 def run(args: Args) -> int:
@@ -100,7 +127,9 @@ def run(args: Args) -> int:
         return _run_lbm(args)
     if isinstance(args, Captions):
         return _run_captions(args)
-    return _run_masks(args)
+    if isinstance(args, Masks):
+        return _run_masks(args)
+    return _run_jf(args)
 
 
 def _run_lbm(args: Lbm) -> int:
@@ -220,6 +249,49 @@ def _run_masks(args: Masks) -> int:
     return 0
 
 
+def _run_jf(args: Jf) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from evaluation.metrics import files, video, video_scoring
+
+    pairs, notes = video_scoring.open_pairs(args.predictions, args.masks)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    results = {}
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Scoring frames", total=sum(len(pair.scored) for pair in pairs))
+        for pair in pairs:
+            results[pair.name] = video_scoring.score_pair(pair, args.binary, lambda: progress.advance(task))
+    notes += [note for result in results.values() for note in result.notes]
+    objects = [scores for result in results.values() for scores in result.objects.values()]
+    if not objects:
+        raise UserError("there is nothing to score:\n  " + "\n  ".join(notes))
+    overall = video.mean_scores(objects).named()
+    undefined = dict.fromkeys(overall)
+    sequences = {
+        name: video.mean_scores(list(result.objects.values())).named() if result.objects else undefined
+        for name, result in results.items()
+    }
+    if args.json:
+        for note in notes:
+            print(note, file=sys.stderr)
+        return _print_json({**overall, "sequences": sequences})
+    rows: list[tuple[str, Mapping[str, float | None]]] = [("all objects", overall)]
+    for name, result in results.items():
+        rows.append((escape(name), sequences[name]))
+        if len(result.objects) > 1:
+            rows += [(f"  object {number}", scores.named()) for number, scores in result.objects.items()]
+    _print_table(
+        "Masks of videos, semi-supervised",
+        ("sequence", *(name.replace("-", "\n") for name in overall)),
+        [(name, *("-" if value is None else f"{value:.4f}" for value in scores.values())) for name, scores in rows],
+        [f"Means over {files.counted(len(objects), 'object')} of {files.counted(len(results), 'sequence')}.", *notes],
+    )
+    return 0
+
+
 def _print_json(value: Any) -> int:
     print(json_format.dumps(value, indent=2, allow_nan=False))
     return 0
@@ -231,7 +303,7 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
 
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console()

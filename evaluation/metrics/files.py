@@ -44,7 +44,7 @@ def read_pair(
         (predicted.keys() - true.keys(), references, "predictions"),
     ):
         if lacking:
-            problems.append(f"{path} lacks {_count(len(lacking), 'id')} of the {other}: {_some(lacking)}")
+            problems.append(f"{path} lacks {counted(len(lacking), 'id')} of the {other}: {some(lacking)}")
     checked_predictions = _check(predicted, prediction, predictions, problems)
     checked_references = _check(true, reference, references, problems)
     refuse(problems)
@@ -84,7 +84,7 @@ def read_entries(path: Path, side: str) -> dict[str, Any]:
         kind = "a list" if isinstance(entries, list) else "a single value"
         raise UserError(f"the {side} file {path} must hold a JSON object, id -> value, not {kind}")
     if repeated:
-        raise UserError(f"the {side} file {path} repeats {_count(len(repeated), 'id')}: {_some(repeated)}")
+        raise UserError(f"the {side} file {path} repeats {counted(len(repeated), 'id')}: {some(repeated)}")
     if not entries:
         raise UserError(f"the {side} file {path} holds no entries")
     return entries
@@ -97,7 +97,7 @@ def refuse(problems: Collection[str]) -> None:
     lines = list(problems)[:PROBLEMS_SHOWN]
     if len(problems) > PROBLEMS_SHOWN:
         lines.append(f"and {len(problems) - PROBLEMS_SHOWN} more")
-    raise UserError(f"{_count(len(problems), 'problem')} in the files:\n  " + "\n  ".join(lines))
+    raise UserError(f"{counted(len(problems), 'problem')} in the files:\n  " + "\n  ".join(lines))
 
 
 def quoted(name: str) -> str:
@@ -171,7 +171,7 @@ def _refusal_of_row(row: Any, columns: int | None) -> str | None:
     if not isinstance(row, list):
         return f"must be [x1, y1, x2, y2] or [x, y], not {_kind(row)}"
     if len(row) not in (2, 4, 5):
-        return f"has {_count(len(row), 'number')}; a box has 4 (5 with its area), a point 2"
+        return f"has {counted(len(row), 'number')}; a box has 4 (5 with its area), a point 2"
     if columns is not None and len(row) != columns:
         return f"has {len(row)} numbers, those before it {columns}: a trace holds points or boxes, not both"
     for number in row:
@@ -198,14 +198,15 @@ def _check(entries: dict, check: Callable[[Any], Any], path: Path, problems: lis
     return checked
 
 
-def _some(names: Iterable[str]) -> str:
-    """The first few ids in order, and how many more there are."""
+def some(names: Iterable[str]) -> str:
+    """The first few names in order, each as in the file, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - IDS_SHOWN} more" if len(names) > IDS_SHOWN else ""
     return ", ".join(quoted(name) for name in names[:IDS_SHOWN]) + more
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 id", "2 ids"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
