@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.layers.convolution import Doubling
+from tracevision_jax.segmentation.two_way import TwoWayTransformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,85 +51,7 @@ class PixelDecoderConfig:
 
 
 SCALES = 2
-
-
-class DecoderAttention(nn.Module):
-    """Multi-head attention with an inner width, as SAM's two-way transformer uses it."""
-
-    inner_width: int
-    heads: int
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, queries: Float[Array, "n q w"], keys: Float[Array, "n k w"], values: Float[Array, "n k w"]):
-        """Attend; no masking is needed, all masks have the same grid."""
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        head_dim = self.inner_width // self.heads
-
-        def project(name, x):
-            return nn.DenseGeneral((self.heads, head_dim), name=name, **kinds)(x)
-
-        q, k, v = project("q", queries), project("k", keys), project("v", values)
-        logits = jnp.einsum("nqhd,nkhd->nhqk", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-        mixed = jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits).astype(v.dtype), v)
-        return nn.DenseGeneral(queries.shape[-1], axis=(-2, -1), name="o", **kinds)(mixed)
-
-
-class TwoWayBlock(nn.Module):
-    """Tokens attend to themselves and to the image, then the image attends to the tokens."""
-
-    config: PixelDecoderConfig
-    first: bool
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, tokens, image, token_code, image_code):
-        """Return (tokens, image); codes are added to queries and keys, never to values."""
-        config = self.config
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-        def norm(name, x):
-            return nn.LayerNorm(1e-6, name=name, **kinds)(x)
-
-        def attend(name, inner, q, k, v):
-            return DecoderAttention(inner, config.heads, name=name, **kinds)(q, k, v)
-
-        if self.first:
-            tokens = attend("self", config.width, tokens, tokens, tokens)
-        else:
-            coded = tokens + token_code
-            tokens = tokens + attend("self", config.width, coded, coded, tokens)
-        tokens = norm("norm_self", tokens)
-        tokens = tokens + attend("to_image", config.width // 2, tokens + token_code, image + image_code, image)
-        tokens = norm("norm_to_image", tokens)
-        hidden = nn.relu(nn.Dense(config.mlp_width, name="mlp_in", **kinds)(tokens))
-        tokens = norm("norm_mlp", tokens + nn.Dense(config.width, name="mlp_out", **kinds)(hidden))
-        image = image + attend("to_tokens", config.width // 2, image + image_code, tokens + token_code, tokens)
-        return tokens, norm("norm_to_tokens", image)
-
-
-class TwoWayTransformer(nn.Module):
-    """`layers` blocks and a last attention from the tokens to the image."""
-
-    config: PixelDecoderConfig
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, tokens, image, image_code):
-        """Return (tokens (n, t, w), image (n, cells, w))."""
-        code = tokens
-        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        for index in range(self.config.layers):
-            tokens, image = TwoWayBlock(self.config, index == 0, name=f"block_{index}", **kinds)(
-                tokens, image, code, image_code
-            )
-        width = self.config.width // 2
-        last = DecoderAttention(width, self.config.heads, name="last", **kinds)
-        tokens = tokens + last(tokens + code, image + image_code, image)
-        return nn.LayerNorm(1e-6, name="norm_last", **kinds)(tokens), image
+NORM_EPS = 1e-6
 
 
 class PixelDecoder(nn.Module):
@@ -178,10 +102,10 @@ class PixelDecoder(nn.Module):
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rows, frames, side = features.shape[:3]
         image = nn.Dense(config.width, use_bias=False, name=f"neck_in_{level}", **kinds)(features.astype(self.dtype))
-        image = nn.LayerNorm(1e-6, name=f"neck_norm_{level}", **kinds)(image)
+        image = nn.LayerNorm(NORM_EPS, name=f"neck_norm_{level}", **kinds)(image)
         image = image.reshape(rows * frames, side, side, -1)
         image = nn.Conv(config.width, (3, 3), use_bias=False, name=f"neck_out_{level}", **kinds)(image)
-        image = nn.LayerNorm(1e-6, name=f"neck_out_norm_{level}", **kinds)(image)
+        image = nn.LayerNorm(NORM_EPS, name=f"neck_out_norm_{level}", **kinds)(image)
         image = image.reshape(rows, frames, side, side, -1)
         chosen = jnp.take_along_axis(image, frame[:, :, None, None, None], axis=1)
         return chosen.reshape(frame.size, side, side, -1)
@@ -194,36 +118,22 @@ class PixelDecoder(nn.Module):
         if coarse is not None:
             image = image * (1 + jax.nn.sigmoid(coarse)[..., None]).astype(self.dtype)
         code = _grid_code(side, config.width).astype(self.dtype)
-        transformer = TwoWayTransformer(config, name=f"two_way_{level}", **kinds)
+        transformer = TwoWayTransformer(
+            config.width, config.heads, config.mlp_width, config.layers, NORM_EPS, NORM_EPS,
+            name=f"two_way_{level}", **kinds,
+        )  # fmt: skip
         tokens, cells = transformer(tokens, image.reshape(image.shape[0], side * side, -1), code)
         image = cells.reshape(image.shape)
         width = config.width
         for step in range(upsamplings):
             width = width // 4 if step == 0 else width // 2
             image = Doubling(width, name=f"upsample_{level}_{step}", **kinds)(image)
-            image = nn.gelu(nn.LayerNorm(1e-6, name=f"upsample_norm_{level}_{step}", **kinds)(image))
+            image = nn.gelu(nn.LayerNorm(NORM_EPS, name=f"upsample_norm_{level}_{step}", **kinds)(image))
         query = tokens.mean(1)
         for index, out in enumerate((config.width, config.width, width)):
             query = nn.Dense(out, name=f"mask_mlp_{level}_{index}", **kinds)(query)
             query = nn.relu(query) if index < 2 else query
         return jnp.einsum("nhwc,nc->nhw", image, query, preferred_element_type=jnp.float32) * width**-0.5
-
-
-class Doubling(nn.Module):
-    """Transposed convolution of kernel 2 and stride 2: each cell becomes 2 x 2 by one matrix product."""
-
-    features: int
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 features"]:
-        n, h, w, c = x.shape
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=2, batch_axis=(0, 1))
-        kernel = self.param("kernel", init, (2, 2, c, self.features), self.param_dtype).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
-        doubled = jnp.einsum("nhwc,ijco->nhiwjo", x, kernel) + bias
-        return doubled.reshape(n, 2 * h, 2 * w, self.features)
 
 
 def _grid_code(side: int, width: int) -> Float[Array, "cells width"]:
