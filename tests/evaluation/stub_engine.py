@@ -22,10 +22,9 @@ class StubEngine:
         self.calls: list[int] = []
         self.texts: list[str] = []
 
-    def generate(self, pieces: Sequence[Piece], *, max_new_tokens: Sequence[int], force, rows: int) -> list[Answer]:
+    def generate(self, pieces: Sequence[Piece], *, max_new_tokens: int, force, rows: int) -> list[Answer]:
         self.calls.append(len(pieces))
-        asked = zip(pieces, force, max_new_tokens, strict=True)
-        return [self._answer(piece, list(begin), budget) for piece, begin, budget in asked]
+        return [self._answer(piece, list(begin), max_new_tokens) for piece, begin in zip(pieces, force, strict=True)]
 
     def _answer(self, piece: Piece, force: list[int], budget: int) -> Answer:
         text = self.vocabulary.decode(piece.conversations[0].tokens.tolist())

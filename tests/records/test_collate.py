@@ -119,7 +119,7 @@ def test_each_conversation_has_its_slot_of_the_row(pieces):
     for number in range(3):
         own, packed = slots.segments[0] == number + 1, tight.segments[0] == number + 1
         assert own.nonzero()[0][0] == number * (longest + 2)
-        for name in ("tokens", "targets", "target_weights", "sought", "positions", "visual_index", "point_index"):
+        for name in ("tokens", "targets", "target_weights", "positions", "visual_index", "point_index"):
             assert (vars(slots)[name][0][own] == vars(tight)[name][0][packed]).all(), name
     assert (slots.tokens[0][slots.mask_slots[0, :3]] == tight.tokens[0][tight.mask_slots[0, :3]]).all()
     with pytest.raises(ValueError, match=rf"has {longest} tokens, its slot of the row {longest - 1}"):
