@@ -5,7 +5,6 @@
 - `TraceSegment`: the same for what a trace rests on; all masks of an answer together against all of the truth.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ from tracevision_jax.inference.rendering import frame_indices
 from tracevision_jax.records import templates
 from tracevision_jax.records.processor import Processor
 from tracevision_jax.records.sample import Conversation, MaskPart, Sample
-from tracevision_jax.records.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class ReferBox:
     name = "refer_box"
 
     def budget(self, processor: Processor) -> int:
-        """Four coordinates, the tag after them, the end."""
-        return 6 if processor.config.coordinates == "bins" else 31
+        """Four coordinates, two tags, the end."""
+        return 7 if processor.config.coordinates == "bins" else 32
 
     def prompts(self, samples: Samples, index: int) -> list[Prompt]:
         sample = samples[index]
@@ -40,7 +38,7 @@ class ReferBox:
                 sample,
                 templates.locate(region.phrase, None),
                 {"phrase": region.phrase, "truth": region.box[0].tolist()},
-                begins=functools.partial(Vocabulary.box_beginning, phrase=region.phrase),
+                begins="box",
             )
             for number, region in enumerate(sample.regions)
             if np.isfinite(region.box[0]).all()

@@ -22,7 +22,6 @@ from tracevision_jax.inference.answers import Answer
 from tracevision_jax.records import templates
 from tracevision_jax.records.processor import Processor
 from tracevision_jax.records.sample import Conversation, Question, Sample, TracePart, Turn
-from tracevision_jax.records.vocabulary import Vocabulary
 from tracevision_jax.trajectory.alignment import align_words, join_strokes, windows_of, word_boxes
 from tracevision_jax.trajectory.tokens import format_digits, from_bins, to_bins
 
@@ -96,12 +95,12 @@ class TracePrediction:
             return []
         truth = {"caption": sample.caption}
         asked = templates.predict_trace(sample.caption, None)
-        prompts = [Prompt(sample.id, sample, asked, truth, begins=Vocabulary.trajectory_beginning)]
+        prompts = [Prompt(sample.id, sample, asked, truth, begins="trajectory")]
         other = another(samples, index, lambda sample: bool(sample.caption)) if self.control else None
         if other is not None:
             asked = templates.predict_trace(other.caption, None)
             truth = {"caption": other.caption}
-            prompts.append(Prompt(f"{sample.id} control", sample, asked, truth, Vocabulary.trajectory_beginning, True))
+            prompts.append(Prompt(f"{sample.id} control", sample, asked, truth, "trajectory", True))
         return prompts
 
     def record(self, prompt: Prompt, answer: Answer, processor: Processor) -> Record:

@@ -141,11 +141,11 @@ def _answer(model: "TraceVisionInference", args: Args) -> tuple["Answer", Any, l
     else:
         sample = model.read(args.image[0] if len(args.image) == 1 else list(args.image))
     traces = [read_trace(path) for path in args.trace]
-    words, force = model.engine.vocabulary, []
+    special, force = model.engine.vocabulary, []
     if args.caption is not None:
-        asked, force = templates.predict_trace(args.caption, None), words.trajectory_beginning()
+        asked, force = templates.predict_trace(args.caption, None), [special.traj_open]
     elif args.locate is not None:
-        asked, force = templates.locate(args.locate, None), words.box_beginning(args.locate)
+        asked, force = templates.locate(args.locate, None), [special.special("<|box_start|>")]
     elif args.segment:
         asked = templates.segment_phrases([], prompt=" ".join(args.segment))
     elif args.segment is not None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.inference import tiny
 from tracevision_jax.inference.answers import Answer, Mask, MaskPlace, read_tokens
-from tracevision_jax.records.encoded import Piece
+from tracevision_jax.records.processor import Piece
 
 
 class StubEngine:

@@ -8,8 +8,7 @@ import pytest
 from tests.records.conftest import CONFIG, VISION
 from tracevision_jax.records.batch import Batch, Bucket, rows_of
 from tracevision_jax.records.collate import collate, empty_batch
-from tracevision_jax.records.encoded import Piece
-from tracevision_jax.records.processor import Processor
+from tracevision_jax.records.processor import Piece, Processor
 from tracevision_jax.records.sample import Conversation, MaskPart, Sample, TracePart, Turn, UnitNamesPart
 
 BUCKET = Bucket(tokens=200, frames=4, windows=8, conversations=3, points=7, masks=5)

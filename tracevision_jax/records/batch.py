@@ -49,9 +49,6 @@ class Batch:
     """The token that position t predicts (already shifted); padding 0."""
     target_weights: Float[Array, "B T"]
     """Loss weight of each target, 0 where nothing is to be learned."""
-    sought: Float[Array, "B T 4"]
-    """The place (x1, y1, x2, y2) that position t is to attend to, see `EncodedConversation.sought`; padding 0, a box
-    without area."""
     visual_index: Int[Array, "B T"]
     """-1, or the place of this token's visual feature in the row's (conversations, frames, units) flattened."""
     point_index: Int[Array, "B T"]

@@ -94,15 +94,6 @@ class Vocabulary:
         """Id of `</traj>`."""
         return self.first_added + END_OFFSET
 
-    def trajectory_beginning(self) -> list[int]:
-        """What an answer begins with that has to be a trajectory."""
-        return [self.traj_open]
-
-    def box_beginning(self, phrase: str) -> list[int]:
-        """What an answer begins with that has to locate a phrase: the phrase, and the opening of its box."""
-        opened, closed, box = map(self.special, ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"))
-        return [opened, *self.encode(phrase), closed, box]
-
     @property
     def seg(self) -> int:
         """Id of `[SEG]`."""
