@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
-from pycocotools import mask as coco
 
 from evaluation.metrics import files, run_lengths
 from tracevision_jax.errors import UserError
+from tracevision_jax.inference import answers
 
 VOID = 255
 SMALL_BELOW_PX, MEDIUM_BELOW_PX = 32**2, 96**2
@@ -197,8 +197,7 @@ def write_masklets(
         size = size or masks.shape[1:]
         if masks.shape != (len(ids), *size):
             raise ValueError(f"frame {len(encoded)} has masks of {masks.shape}, but should of {(len(ids), *size)}")
-        rles: Any = coco.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
-        encoded.append([{"size": list(size), "counts": rle["counts"].decode("ascii")} for rle in rles])
+        encoded.append([answers.run_lengths(mask) for mask in masks])
         areas.append(masks.sum(axis=(1, 2)))
     if size is None:
         raise ValueError("there is no frame to write")

@@ -7,15 +7,13 @@ segments, cache)`, then `model.logits(hidden)`; without a cache rows may hold se
 told apart by segment ids.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tracevision_jax.language.cache import KVCache, write_rows
 from tracevision_jax.language.config import LanguageConfig
-from tracevision_jax.layers.basic import GatedMLP, RMSNorm, kernel_init, projection, rematerialised, scanned
+from tracevision_jax.layers.basic import GatedMLP, RMSNorm, kernel_init, precision, projection, rematerialised, scanned
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.ops.attention import attention
 from tracevision_jax.ops.rotary import apply_rotary, axial_angles, multimodal_frequencies
@@ -37,7 +35,7 @@ class SelfAttention(nn.Module):
         fresh: bool,
     ) -> tuple[Float[Array, "batch tokens width"], tuple[Array, Array, Array] | None]:
         c = self.config
-        options: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        options = precision(c)
         q = projection("q", (c.heads, c.head_dim), bias=c.qkv_bias, **options)(x)
         k = projection("k", (c.kv_heads, c.head_dim), bias=c.qkv_bias, **options)(x)
         v = projection("v", (c.kv_heads, c.head_dim), bias=c.qkv_bias, **options)(x)
@@ -67,7 +65,7 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, carry: tuple, layer: Int[Array, ""], angles: Array, segments: Array, fresh: bool):
         c = self.config
-        options: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        options = precision(c)
         x, store = carry
         normed = RMSNorm(c.norm_eps, name="attn_norm", **options)(x)
         mixed, store = SelfAttention(c, name="attn")(normed, angles, segments, store, layer, fresh)
@@ -108,7 +106,7 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        options: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        options = precision(c)
         self.embed_base = nn.Embed(
             c.vocab_size,
             c.width,

@@ -21,17 +21,25 @@ REMAT_POLICIES = ("none", "full", "dots")
 """What the backward pass recomputes: nothing, everything, everything but products with weights."""
 
 
-def rematerialised(module: type[nn.Module], policy: str, static_arguments: tuple[int, ...] = ()) -> Any:
-    """Wrap a module class (the body of a scan) so that its activations are recomputed as the policy says.
+def precision(config: Any) -> dict[str, Any]:
+    """The `dtype` and `param_dtype` that a configuration names, as the modules here take them."""
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
-    `static_arguments` are numbers of Python-valued arguments of `__call__`, `self` being 0.
+
+def rematerialised(
+    module: type[nn.Module], policy: str, static_arguments: tuple[int, ...] = (), prevent_cse: bool = False
+) -> Any:
+    """Wrap a module class so that its activations are recomputed as the policy says.
+
+    `static_arguments` are numbers of Python-valued arguments of `__call__`, `self` being 0. Unlike in the body of a
+    scan, elsewhere XLA must be kept from merging the recomputation with the first computation: `prevent_cse`.
     """
     if policy not in REMAT_POLICIES:
         raise ValueError(f"no remat policy '{policy}'; known are {', '.join(REMAT_POLICIES)}")
     if policy == "none":
         return module
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return nn.remat(module, policy=keep, prevent_cse=False, static_argnums=static_arguments)
+    return nn.remat(module, policy=keep, prevent_cse=prevent_cse, static_argnums=static_arguments)
 
 
 def scanned(module: Any, length: int, in_axes: Any) -> Any:

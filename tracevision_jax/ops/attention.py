@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from tracevision_jax.ops.attention_call import AttentionCall, attend_xla
 from tracevision_jax.ops.attention_kernels import (
@@ -110,3 +111,16 @@ def attention(
     )  # fmt: skip
     placement = _placement.get() or Placement(None, (), (), jax.default_backend())
     return choose(call, placement).run(call, placement)
+
+
+def attention_to_visible(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    visible: Bool[Array, "batch keys"] | None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """`attention` of all queries to the `visible` keys, to all where it is None."""
+    if visible is None:
+        return attention(q, k, v)
+    everyone = jnp.ones(q.shape[:2], jnp.int32)
+    return attention(q, k, v, q_segments=everyone, kv_segments=visible.astype(jnp.int32))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from tracevision_jax.ops.attention import attention
+from tracevision_jax.ops.attention import attention_to_visible
 from tracevision_jax.ops.attention_call import masked_softmax
 
 
@@ -31,10 +31,7 @@ def attention_in_blocks(
     def attend(q: Array) -> Array:
         if k.shape[-1] != v.shape[-1]:
             return _attend(q, k, v, visible)
-        if visible is None:
-            return attention(q, k, v)
-        everyone = jnp.ones(q.shape[:2], jnp.int32)
-        return attention(q, k, v, q_segments=everyone, kv_segments=visible.astype(jnp.int32))
+        return attention_to_visible(q, k, v, visible)
 
     batch, queries, heads, head_dim = q.shape
     if queries <= block:

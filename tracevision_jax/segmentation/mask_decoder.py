@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tracevision_jax.layers.basic import projection
+from tracevision_jax.layers.basic import precision, projection
 from tracevision_jax.layers.convolution import Doubling
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.layers.vit import layer_norm
@@ -53,10 +53,6 @@ class DecodedMasks(NamedTuple):
     """Whether the object is there."""
 
 
-def _kinds(config: MaskDecoderConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-
-
 class FeedForward(nn.Module):
     """An MLP with ReLU between its `depth` linear maps."""
 
@@ -86,8 +82,8 @@ class HighResolution(nn.Module):
     ) -> HighResolutionMaps:
         c = self.config
         return (
-            projection("conv_s0", c.width // 8, **_kinds(c))(stride4),
-            projection("conv_s1", c.width // 4, **_kinds(c))(stride8),
+            projection("conv_s0", c.width // 8, **precision(c))(stride4),
+            projection("conv_s1", c.width // 4, **precision(c))(stride8),
         )
 
 
@@ -114,7 +110,7 @@ class MaskDecoder(nn.Module):
             ValueError: features of high resolution are missing, or are not used.
         """
         c = self.config
-        kinds = _kinds(c)
+        kinds = precision(c)
         if (high_resolution is not None) != c.high_resolution:
             raise ValueError(f"features of high resolution: given {not c.high_resolution}, used {c.high_resolution}")
         batch, count = prompts.tokens.shape[:2]
@@ -177,9 +173,9 @@ class MaskDecoder(nn.Module):
                 by_prompt = by_prompt + high_resolution[level][:, None].astype(by_prompt.dtype)
             return by_prompt.reshape(x.shape)
 
-        x = add(Doubling(c.width // 4, name="upscale_conv1", **_kinds(c))(x), 1)
-        x = nn.gelu(layer_norm("upscale_layer_norm", UPSCALED_NORM_EPS, **_kinds(c))(x), approximate=False)
-        x = nn.gelu(add(Doubling(c.width // 8, name="upscale_conv2", **_kinds(c))(x), 0), approximate=False)
+        x = add(Doubling(c.width // 4, name="upscale_conv1", **precision(c))(x), 1)
+        x = nn.gelu(layer_norm("upscale_layer_norm", UPSCALED_NORM_EPS, **precision(c))(x), approximate=False)
+        x = nn.gelu(add(Doubling(c.width // 8, name="upscale_conv2", **precision(c))(x), 0), approximate=False)
         return x.reshape(-1, prompts, *x.shape[1:])
 
 

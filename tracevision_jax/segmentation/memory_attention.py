@@ -9,7 +9,7 @@ even ones, then all odd ones, which the table of weights sees to: products of qu
     conditioned = MemoryConditioning(config).apply(params, features, position, reading, use_memory)
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from tracevision_jax.layers.basic import projection, rematerialised, scanned
+from tracevision_jax.layers.basic import precision, projection, rematerialised, scanned
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.layers.vit import layer_norm
 from tracevision_jax.ops.attention_blocks import attention_in_blocks
@@ -37,10 +37,6 @@ class MemoryTokens(NamedTuple):
     positions: Float[Array, "objects keys memory_width"]
     """Added to keys, not to values."""
     visible: Bool[Array, "objects keys"]
-
-
-def _kinds(config: MemoryConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 def line_sines(places: Float[Array, "*batch"], channels: int) -> Float[Array, "*batch channels"]:
@@ -68,16 +64,16 @@ class RotaryAttention(nn.Module):
         visible: Bool[Array, "n keys"] | None = None,
     ) -> Float[Array, "n cells width"]:
         c = self.config
-        q = projection("q_proj", (1, c.width), **_kinds(c))(queries)
-        k = projection("k_proj", (1, c.width), **_kinds(c))(keys)
+        q = projection("q_proj", (1, c.width), **precision(c))(queries)
+        k = projection("k_proj", (1, c.width), **precision(c))(keys)
         placed = keys.shape[1] - self.unplaced
         maps = k[:, :placed].reshape(len(k), -1, len(angles), 1, c.width)
         turned = apply_rotary(maps, angles[None, None]).reshape(len(k), placed, 1, c.width)
         k = jnp.concatenate([turned, k[:, placed:]], axis=1)
         mixed = attention_in_blocks(apply_rotary(q, angles[None]), k, values[:, :, None], visible)
         # Values are projected after they are mixed: those of a memory are a quarter as wide before.
-        mixed = projection("v_proj", (1, c.width), **_kinds(c))(mixed[:, :, 0])
-        return projection("o_proj", c.width, axis=(-2, -1), **_kinds(c))(mixed)
+        mixed = projection("v_proj", (1, c.width), **precision(c))(mixed[:, :, 0])
+        return projection("o_proj", c.width, axis=(-2, -1), **precision(c))(mixed)
 
 
 class MemoryAttentionLayer(nn.Module):
@@ -98,14 +94,14 @@ class MemoryAttentionLayer(nn.Module):
         c = self.config
 
         def norm(index: int, x: Array) -> Array:
-            return layer_norm(f"layer_norm{index}", c.norm_eps, **_kinds(c))(x)
+            return layer_norm(f"layer_norm{index}", c.norm_eps, **precision(c))(x)
 
         normed = norm(1, x)
         x = x + RotaryAttention(c, name="self_attn")(normed, normed, normed, angles)
         cross = RotaryAttention(c, self.pointer_tokens, name="cross_attn_image")
         x = x + cross(norm(2, x), keys, values, angles, visible)
-        hidden = nn.relu(projection("linear1", c.mlp_width, **_kinds(c))(norm(3, x)))
-        x = x + projection("linear2", c.width, **_kinds(c))(constrain(hidden, "batch", None, "mlp"))
+        hidden = nn.relu(projection("linear1", c.mlp_width, **precision(c))(norm(3, x)))
+        x = x + projection("linear2", c.width, **precision(c))(constrain(hidden, "batch", None, "mlp"))
         return constrain(x, "batch", None, None), None
 
 
@@ -141,7 +137,7 @@ class MemoryAttention(nn.Module):
         layer = rematerialised(MemoryAttentionLayer, c.remat)
         stack = scanned(layer, c.layers, (nn.broadcast,) * 4)(c, pointer_tokens, name="layers")
         x, _ = stack(x, angles, keys, values, memory.visible)
-        return layer_norm("layer_norm", c.norm_eps, **_kinds(c))(x).reshape(features.shape)
+        return layer_norm("layer_norm", c.norm_eps, **precision(c))(x).reshape(features.shape)
 
 
 class MemoryEmbedding(nn.Module):

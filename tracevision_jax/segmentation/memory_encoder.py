@@ -8,14 +8,13 @@ features are the image encoder's own, not those that memory has conditioned, and
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from tracevision_jax.layers.basic import kernel_init, projection
+from tracevision_jax.layers.basic import kernel_init, precision, projection
 from tracevision_jax.layers.convolution import Depthwise
 from tracevision_jax.layers.vit import layer_norm
 from tracevision_jax.segmentation.sam_config import MemoryConfig
@@ -23,10 +22,6 @@ from tracevision_jax.segmentation.sam_config import MemoryConfig
 NORM_EPS = 1e-6
 LAYER_SCALE = 1e-6
 """Of the fuser's blocks when they start."""
-
-
-def _kinds(config: MemoryConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 def mask_signal(
@@ -55,10 +50,10 @@ class MaskDownsampler(nn.Module):
                 padding=1,
                 kernel_init=kernel_init,
                 name=f"layers_{index}_conv",
-                **_kinds(c),
+                **precision(c),
             )(x)
-            x = nn.gelu(layer_norm(f"layers_{index}_layer_norm", NORM_EPS, **_kinds(c))(x), approximate=False)
-        return projection("final_conv", c.width, **_kinds(c))(x)
+            x = nn.gelu(layer_norm(f"layers_{index}_layer_norm", NORM_EPS, **precision(c))(x), approximate=False)
+        return projection("final_conv", c.width, **precision(c))(x)
 
 
 class FuserBlock(nn.Module):
@@ -69,10 +64,10 @@ class FuserBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n rows columns channels"]) -> Float[Array, "n rows columns channels"]:
         c = self.config
-        inner = Depthwise(c.fuser_kernel, name="depthwise_conv", **_kinds(c))(x)
-        inner = layer_norm("layer_norm", NORM_EPS, **_kinds(c))(inner)
-        inner = nn.gelu(projection("pointwise_conv1", c.fuser_hidden, **_kinds(c))(inner), approximate=False)
-        inner = projection("pointwise_conv2", c.width, **_kinds(c))(inner)
+        inner = Depthwise(c.fuser_kernel, name="depthwise_conv", **precision(c))(x)
+        inner = layer_norm("layer_norm", NORM_EPS, **precision(c))(inner)
+        inner = nn.gelu(projection("pointwise_conv1", c.fuser_hidden, **precision(c))(inner), approximate=False)
+        inner = projection("pointwise_conv2", c.width, **precision(c))(inner)
         scale = self.param("scale", nn.initializers.constant(LAYER_SCALE), (c.width,), jnp.dtype(c.param_dtype))
         return x + inner * scale.astype(inner.dtype)
 
@@ -108,12 +103,12 @@ class MemoryEncoder(nn.Module):
             raise ValueError(f"masks of {height} x {across} for features of {rows} x {columns}, stride {c.mask_stride}")
         signal = mask_signal(masks.astype(jnp.float32), prompted, c).reshape(batch * objects, height, across)
         downsampled = MaskDownsampler(c, name="mask_downsampler")(signal)
-        projected = projection("feature_projection", c.width, **_kinds(c))(features)
+        projected = projection("feature_projection", c.width, **precision(c))(features)
         x = projected[:, None] + downsampled.reshape(batch, objects, rows, columns, width)
         x = x.reshape(batch * objects, rows, columns, width)
         for index in range(c.fuser_layers):
             x = FuserBlock(c, name=f"memory_fuser_layers_{index}")(x)
-        x = projection("projection", c.memory_width, **_kinds(c))(x)
+        x = projection("projection", c.memory_width, **precision(c))(x)
         memory = x.reshape(batch, objects, rows, columns, c.memory_width)
         if c.occlusion_embedding:
             name, shape = "occlusion_spatial_embedding_parameter", (1, c.memory_width)

@@ -12,12 +12,11 @@ prompt and a single empty point, on features that no memory has conditioned:
     pointer = ObjectPointer(config).apply(params, token, present)
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from tracevision_jax.layers.basic import precision
 from tracevision_jax.layers.convolution import Patches
 from tracevision_jax.ops.interpolation import resize_masks
 from tracevision_jax.segmentation.mask_decoder import FeedForward
@@ -40,11 +39,10 @@ class ObjectPointer(nn.Module):
     ) -> Float[Array, "*batch width"]:
         """Project; an object that is absent has one and the same learned pointer."""
         c = self.config
-        dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
-        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        kinds = precision(c)
         pointer = FeedForward(c.width, c.width, 3, name="object_pointer_proj", **kinds)(token)
-        absent = self.param("no_object_pointer", nn.initializers.normal(0.02), (1, c.width), param_dtype)
-        return jnp.where(present[..., None], pointer, absent[0].astype(dtype))
+        absent = self.param("no_object_pointer", nn.initializers.normal(0.02), (1, c.width), kinds["param_dtype"])
+        return jnp.where(present[..., None], pointer, absent[0].astype(kinds["dtype"]))
 
 
 class MaskDownsample(nn.Module):
@@ -55,7 +53,7 @@ class MaskDownsample(nn.Module):
     @nn.compact
     def __call__(self, masks: Float[Array, "*batch height width"]) -> Float[Array, "*batch quarter_height quarter"]:
         c = self.config
-        kinds: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        kinds = precision(c)
         return Patches(1, LOW_RESOLUTION, name="mask_downsample", **kinds)(masks[..., None])[..., 0]
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tracevision_jax.layers.basic import projection
+from tracevision_jax.layers.basic import precision, projection
 from tracevision_jax.layers.convolution import Patches
 from tracevision_jax.layers.vit import layer_norm
 from tracevision_jax.segmentation.sam_config import PromptEncoderConfig
@@ -91,7 +91,7 @@ class MaskEmbedding(nn.Module):
     @nn.compact
     def __call__(self, masks: Float[Array, "*batch height width"]) -> Float[Array, "*batch rows columns channels"]:
         c = self.config
-        kinds: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        kinds = precision(c)
         x = masks[..., None].astype(kinds["dtype"])
         for index, channels in enumerate((c.mask_channels // 4, c.mask_channels), start=1):
             x = Patches(channels, 2, name=f"conv{index}", **kinds)(x)

@@ -8,11 +8,10 @@ are added to queries and keys, never to values; the code of the tokens is the to
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tracevision_jax.layers.vit import layer_norm
-from tracevision_jax.ops.attention import attention
+from tracevision_jax.ops.attention import attention_to_visible
 
 
 class DecoderAttention(nn.Module):
@@ -39,13 +38,7 @@ class DecoderAttention(nn.Module):
             return nn.DenseGeneral((self.heads, head_dim), name=name, **kinds)(x)
 
         q, k, v = project("q", queries), project("k", keys), project("v", values)
-        segments: dict[str, Any] = {}
-        if visible is not None:
-            segments = {
-                "q_segments": jnp.ones(queries.shape[:2], jnp.int32),
-                "kv_segments": visible.astype(jnp.int32),
-            }
-        mixed = attention(q, k, v, **segments)
+        mixed = attention_to_visible(q, k, v, visible)
         return nn.DenseGeneral(queries.shape[-1], axis=(-2, -1), name="o", **kinds)(mixed)
 
 

@@ -10,15 +10,14 @@ map, plus one window's that tile it (Bolya et al. 2023, "absolute win"). Stages 
     features.stride16                                # (batch, 64, 64, 256)
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.layers.basic import kernel_init, projection
+from tracevision_jax.layers.basic import kernel_init, precision, projection, rematerialised
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.layers.vit import GeluMLP, layer_norm
 from tracevision_jax.layers.windows2d import from_windows, to_windows
@@ -42,10 +41,6 @@ class ImageFeatures(NamedTuple):
     """Sine positions of the stride 16 map."""
 
 
-def _options(config: HieraConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-
-
 def pool_max(x: Float[Array, "sets height width *channels"]) -> Float[Array, "sets half_height half_width *channels"]:
     """The largest of each 2 x 2 places, channel by channel."""
     sets, height, width, *channels = x.shape
@@ -65,14 +60,14 @@ class HieraAttention(nn.Module):
         c, plan = self.config, self.plan
         sets, height, width, _ = x.shape
         shape = (plan.heads, plan.out_width // plan.heads)
-        qkv = projection("qkv", (3, *shape), **_options(c))(x.reshape(sets, height * width, plan.in_width))
+        qkv = projection("qkv", (3, *shape), **precision(c))(x.reshape(sets, height * width, plan.in_width))
         q, k, v = (constrain(qkv[:, :, part], "batch", None, "heads", None) for part in range(3))
         if plan.pools:
             q = pool_max(q.reshape(sets, height, width, *shape))
             height, width = q.shape[1:3]
             q = q.reshape(sets, height * width, *shape)
         mixed = constrain(attention(q, k, v), "batch", None, "heads", None)
-        mixed = projection("proj", plan.out_width, axis=(-2, -1), **_options(c))(mixed)
+        mixed = projection("proj", plan.out_width, axis=(-2, -1), **precision(c))(mixed)
         return mixed.reshape(sets, height, width, plan.out_width)
 
 
@@ -87,27 +82,16 @@ class HieraBlock(nn.Module):
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch new_height new_width new_channels"]:
         c, plan = self.config, self.plan
-        normed = layer_norm("layer_norm1", c.norm_eps, **_options(c))(x)
+        normed = layer_norm("layer_norm1", c.norm_eps, **precision(c))(x)
         if plan.pools:
-            x = pool_max(projection("proj", plan.out_width, **_options(c))(normed))
+            x = pool_max(projection("proj", plan.out_width, **precision(c))(normed))
         # Zeros that fill up windows come after the norm and are seen as keys, which is how the weights were trained.
         sets = to_windows(normed, plan.window) if plan.window else normed
         mixed = HieraAttention(c, plan, name="attn")(sets)
         x = x + (from_windows(mixed, *x.shape[:3]) if plan.window else mixed)
-        normed = layer_norm("layer_norm2", c.norm_eps, **_options(c))(x)
-        x = x + GeluMLP(c.mlp_ratio * plan.out_width, name="mlp", **_options(c))(normed)
+        normed = layer_norm("layer_norm2", c.norm_eps, **precision(c))(x)
+        x = x + GeluMLP(c.mlp_ratio * plan.out_width, name="mlp", **precision(c))(normed)
         return constrain(x, "batch", None, None, None)
-
-
-def _block(policy: str) -> Any:
-    """`HieraBlock`, its activations recomputed as the policy says.
-
-    Unlike in the body of a scan, XLA must be kept from merging the recomputation with the first computation.
-    """
-    if policy == "none":
-        return HieraBlock
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return nn.remat(HieraBlock, policy=keep, prevent_cse=True)
 
 
 class Hiera(nn.Module):
@@ -125,11 +109,11 @@ class Hiera(nn.Module):
             EMBED_PADDING,
             kernel_init=kernel_init,
             name="patch_embed",
-            **_options(c),
+            **precision(c),
         )
         x = embed(pixels.astype(jnp.dtype(c.dtype)))
         x = constrain(x + self._positions(*x.shape[1:3]).astype(x.dtype), "batch", None, None, None)
-        block, stages = _block(c.remat), []
+        block, stages = rematerialised(HieraBlock, c.remat, prevent_cse=True), []
         for number, plan in enumerate(c.plan()):
             x = block(c, plan, name=f"blocks_{number}")(x)
             if plan.ends_stage:
@@ -154,7 +138,7 @@ class FpnNeck(nn.Module):
         c = self.config
         # The convolution with number 0 is that of the smallest map.
         lateral = [
-            projection(f"convs_{len(stages) - 1 - stage}", c.fpn_width, **_options(c))(x)
+            projection(f"convs_{len(stages) - 1 - stage}", c.fpn_width, **precision(c))(x)
             for stage, x in enumerate(stages)
         ]
         return lateral[0], lateral[1], lateral[2] + double_nearest(lateral[3])

@@ -7,22 +7,16 @@ group. Padding is recomputed from `grid`, see `windows.py`. Use: `units, hidden 
 after_groups=(2, 4))`.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tracevision_jax.layers.basic import GatedMLP, RMSNorm, projection, rematerialised, scanned
+from tracevision_jax.layers.basic import GatedMLP, RMSNorm, precision, projection, rematerialised, scanned
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.ops.attention import attention
 from tracevision_jax.ops.rotary import apply_rotary, axial_angles, planar_frequencies
 from tracevision_jax.vision.config import QwenVisionConfig
 from tracevision_jax.vision.windows import slot_coordinates
-
-
-def _options(config: QwenVisionConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 class VisionAttention(nn.Module):
@@ -38,12 +32,12 @@ class VisionAttention(nn.Module):
         segments: Int[Array, "sets tokens"],
     ) -> Float[Array, "sets tokens width"]:
         c = self.config
-        qkv = projection("qkv", (3, c.heads, c.head_dim), **_options(c))(x)
+        qkv = projection("qkv", (3, c.heads, c.head_dim), **precision(c))(x)
         q, k, v = apply_rotary(qkv[:, :, 0], angles), apply_rotary(qkv[:, :, 1], angles), qkv[:, :, 2]
         q = constrain(q, "batch", None, "heads", None)
         k = constrain(k, "batch", None, "heads", None)
         mixed = constrain(attention(q, k, v, q_segments=segments), "batch", None, "heads", None)
-        return projection("proj", c.width, axis=(-2, -1), **_options(c))(mixed)
+        return projection("proj", c.width, axis=(-2, -1), **precision(c))(mixed)
 
 
 class VisionBlock(nn.Module):
@@ -54,9 +48,9 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, angles: Array, segments: Array) -> tuple[Array, None]:
         c = self.config
-        x = x + VisionAttention(c, name="attn")(RMSNorm(c.norm_eps, name="norm1", **_options(c))(x), angles, segments)
-        normed = RMSNorm(c.norm_eps, name="norm2", **_options(c))(x)
-        x = x + GatedMLP(c.mlp_width, bias=True, name="mlp", **_options(c))(normed)
+        x = x + VisionAttention(c, name="attn")(RMSNorm(c.norm_eps, name="norm1", **precision(c))(x), angles, segments)
+        normed = RMSNorm(c.norm_eps, name="norm2", **precision(c))(x)
+        x = x + GatedMLP(c.mlp_width, bias=True, name="mlp", **precision(c))(normed)
         return constrain(x, "batch", None, None), None
 
 
@@ -102,10 +96,10 @@ class Merger(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch frames slots width"]) -> Float[Array, "batch frames units out"]:
         c = self.config
-        x = RMSNorm(c.norm_eps, name="norm", **_options(c))(x)
+        x = RMSNorm(c.norm_eps, name="norm", **precision(c))(x)
         x = x.reshape(*x.shape[:2], -1, c.merge**2 * c.width)
-        x = nn.gelu(projection("fc1", c.merge**2 * c.width, **_options(c))(x), approximate=False)
-        return projection("fc2", c.out_width, **_options(c))(constrain(x, "batch", None, None, "mlp"))
+        x = nn.gelu(projection("fc1", c.merge**2 * c.width, **precision(c))(x), approximate=False)
+        return projection("fc2", c.out_width, **precision(c))(constrain(x, "batch", None, None, "mlp"))
 
 
 class VisionTower(nn.Module):
@@ -138,7 +132,7 @@ class VisionTower(nn.Module):
         angles = axial_angles(jnp.stack([row, col], axis=-1), planar_frequencies(c.head_dim, c.rope_theta))
         segments = inside.astype(jnp.int32)
 
-        embed = projection("patch_embed", c.width, bias=False, **_options(c))
+        embed = projection("patch_embed", c.width, bias=False, **precision(c))
         x = embed(patches.astype(jnp.dtype(c.dtype))).reshape(batch * frames, windows, slots, c.width)
         x = constrain(x, "batch", "windows", "slots", None)
         groups = scanned(VisionGroup, c.groups, (nn.broadcast,) * 3)(c, name="groups")

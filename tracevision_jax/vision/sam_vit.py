@@ -12,24 +12,18 @@ Pictures of another size than the configuration's are taken too: positions are r
 and the relative ones of global blocks linearly, as the original does for the latter.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.layers.basic import kernel_init, projection, rematerialised, scanned
+from tracevision_jax.layers.basic import kernel_init, precision, projection, rematerialised, scanned
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.layers.vit import GeluMLP, layer_norm
 from tracevision_jax.layers.windows2d import from_windows, to_windows
 from tracevision_jax.ops.attention import attention
 from tracevision_jax.ops.interpolation import resize_maps, resize_rows
 from tracevision_jax.vision.sam_config import SamVitConfig
-
-
-def _options(config: SamVitConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 def relative_rows(table: Float[Array, "distances channels"], size: int) -> Float[Array, "{size} {size} channels"]:
@@ -65,7 +59,7 @@ class SamAttention(nn.Module):
     def __call__(self, x: Float[Array, "sets height width channels"]) -> Float[Array, "sets height width channels"]:
         c = self.config
         sets, height, width, _ = x.shape
-        qkv = projection("qkv", (3, c.heads, c.head_dim), **_options(c))(x.reshape(sets, height * width, c.width))
+        qkv = projection("qkv", (3, c.heads, c.head_dim), **precision(c))(x.reshape(sets, height * width, c.width))
         q, k, v = (constrain(qkv[:, :, part], "batch", None, "heads", None) for part in range(3))
         table = (nn.initializers.zeros, (2 * self.side - 1, c.head_dim), jnp.dtype(c.param_dtype))
         bias = decomposed_bias(
@@ -74,7 +68,7 @@ class SamAttention(nn.Module):
             relative_rows(self.param("rel_pos_w", *table).astype(q.dtype), width),
         )
         mixed = constrain(attention(q, k, v, bias=bias), "batch", None, "heads", None)
-        return projection("proj", c.width, axis=(-2, -1), **_options(c))(mixed).reshape(x.shape)
+        return projection("proj", c.width, axis=(-2, -1), **precision(c))(mixed).reshape(x.shape)
 
 
 class SamBlock(nn.Module):
@@ -87,14 +81,14 @@ class SamBlock(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> tuple[Array, None]:
         c = self.config
         # Zeros that fill up windows come after the norm and are seen as keys, which is how the weights were trained.
-        normed = layer_norm("layer_norm1", c.norm_eps, **_options(c))(x)
+        normed = layer_norm("layer_norm1", c.norm_eps, **precision(c))(x)
         if self.window:
             mixed = SamAttention(c, self.window, name="attn")(to_windows(normed, self.window))
             x = x + from_windows(mixed, *x.shape[:3])
         else:
             x = x + SamAttention(c, c.grid, name="attn")(normed)
-        normed = layer_norm("layer_norm2", c.norm_eps, **_options(c))(x)
-        x = x + GeluMLP(c.mlp_ratio * c.width, name="mlp", **_options(c))(normed)
+        normed = layer_norm("layer_norm2", c.norm_eps, **precision(c))(x)
+        x = x + GeluMLP(c.mlp_ratio * c.width, name="mlp", **precision(c))(normed)
         return constrain(x, "batch", None, None, None), None
 
 
@@ -119,10 +113,10 @@ class SamNeck(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width out"]:
         c = self.config
-        x = projection("conv1", c.out_width, bias=False, **_options(c))(x)
-        x = layer_norm("layer_norm1", c.norm_eps, **_options(c))(x)
-        x = nn.Conv(c.out_width, (3, 3), use_bias=False, kernel_init=kernel_init, name="conv2", **_options(c))(x)
-        return layer_norm("layer_norm2", c.norm_eps, **_options(c))(x)
+        x = projection("conv1", c.out_width, bias=False, **precision(c))(x)
+        x = layer_norm("layer_norm1", c.norm_eps, **precision(c))(x)
+        x = nn.Conv(c.out_width, (3, 3), use_bias=False, kernel_init=kernel_init, name="conv2", **precision(c))(x)
+        return layer_norm("layer_norm2", c.norm_eps, **precision(c))(x)
 
 
 class SamVitEncoder(nn.Module):
@@ -144,9 +138,8 @@ class SamVitEncoder(nn.Module):
                 f"pictures of {height} x {width} px and {channels} channels: SAM's ViT takes {c.channels} channels and "
                 f"sides that are multiples of {c.patch} px"
             )
-        embed = nn.Conv(
-            c.width, (c.patch,) * 2, (c.patch,) * 2, "VALID", kernel_init=kernel_init, name="patch_embed", **_options(c)
-        )
+        patch = (c.patch, c.patch)
+        embed = nn.Conv(c.width, patch, patch, "VALID", kernel_init=kernel_init, name="patch_embed", **precision(c))
         x = embed(pixels.astype(jnp.dtype(c.dtype)))
         learned = self.param(
             "pos_embed", nn.initializers.normal(0.02), (c.grid, c.grid, c.width), jnp.dtype(c.param_dtype)
