@@ -13,11 +13,12 @@ from jaxtyping import Bool
 
 from evaluation.metrics import boxes, masks
 from evaluation.task import Prompt, Record, Samples, Table, mean, without_words
-from tracevision_jax.inference.answers import Answer, run_lengths
+from tracevision_jax.inference.answers import Answer
 from tracevision_jax.inference.rendering import frame_indices
 from tracevision_jax.records import templates
 from tracevision_jax.records.processor import Processor
 from tracevision_jax.records.sample import Conversation, MaskPart, Sample
+from tracevision_jax.vision.run_lengths import encode_mask
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def mask_record(prompt: Prompt, answer: Answer) -> Record:
     predicted = np.asarray(answer.masks.any(axis=0))
     intersection, union = masks.areas(predicted, true)
     return {
-        "prediction": [run_lengths(frame) for frame in predicted],
+        "prediction": [encode_mask(frame) for frame in predicted],
         "phrases": answer.phrases,
         "masks": len(answer.masks),
         "intersection": int(intersection.sum()),

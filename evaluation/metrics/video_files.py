@@ -28,7 +28,7 @@ from PIL import Image
 
 from evaluation.metrics import files, run_lengths
 from tracevision_jax.errors import UserError
-from tracevision_jax.inference import answers
+from tracevision_jax.vision.run_lengths import encode_mask
 
 VOID = 255
 SMALL_BELOW_PX, MEDIUM_BELOW_PX = 32**2, 96**2
@@ -197,7 +197,7 @@ def write_masklets(
         size = size or masks.shape[1:]
         if masks.shape != (len(ids), *size):
             raise ValueError(f"frame {len(encoded)} has masks of {masks.shape}, but should of {(len(ids), *size)}")
-        encoded.append([answers.run_lengths(mask) for mask in masks])
+        encoded.append([encode_mask(mask) for mask in masks])
         areas.append(masks.sum(axis=(1, 2)))
     if size is None:
         raise ValueError("there is no frame to write")

@@ -26,13 +26,13 @@ from evaluation.report_figures import (
 from evaluation.report_pictures import Images
 from tests.evaluation import fabricated_run as fabricated
 from tests.inference import tiny
-from tracevision_jax.inference.answers import run_lengths
 from tracevision_jax.inference.pictures import TIME_COLOURS
 from tracevision_jax.inference.tracevision import TraceVisionInference
 from tracevision_jax.records.batch import Bucket
 from tracevision_jax.records.sample import BoxPart, MaskPart, PhrasePart, TracePart
 from tracevision_jax.trajectory.checks import check_trace
 from tracevision_jax.vision.pictures import read_image
+from tracevision_jax.vision.run_lengths import encode_mask
 
 SCENES = fabricated.scenes(3, 32)
 TASKS = {task.name: task for task in fabricated.TASKS}
@@ -115,7 +115,7 @@ def test_places_added_together_keep_names_only_where_all_masks_have_one():
 def test_masks_come_back_from_run_lengths(shape):
     for seed in range(5):
         mask = np.random.default_rng(seed).random(shape) < 0.25 * seed
-        assert (decode_mask(run_lengths(mask)) == mask).all()
+        assert (decode_mask(encode_mask(mask)) == mask).all()
 
 
 def test_a_turn_reads_as_text():

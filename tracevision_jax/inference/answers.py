@@ -20,6 +20,7 @@ from PIL import Image
 
 from tracevision_jax.records.vocabulary import SLOTS, Vocabulary
 from tracevision_jax.trajectory.tokens import END, START, from_bins, parse_digits
+from tracevision_jax.vision.run_lengths import encode_mask
 
 Finished = Literal["end", "budget"]
 
@@ -163,7 +164,7 @@ class Answer:
                 {
                     "phrase": line.phrase,
                     "box": None if line.box is None else line.box.tolist(),
-                    "mask": None if line.mask is None else [run_lengths(frame) for frame in line.mask],
+                    "mask": None if line.mask is None else [encode_mask(frame) for frame in line.mask],
                 }
                 for line in self.grounded
             ],
@@ -192,14 +193,6 @@ def box_of_mask(mask: Bool[np.ndarray, "frames height width"]) -> Float[np.ndarr
             height, width = frame.shape
             return np.array([columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height])
     return None
-
-
-def run_lengths(mask: Bool[np.ndarray, "height width"]) -> dict[str, Any]:
-    """A mask as COCO's run lengths {"size": [height, width], "counts": text}."""
-    from pycocotools import mask as coco
-
-    encoded: dict[str, Any] = coco.encode(np.asfortranarray(mask, np.uint8))  # pyright: ignore[reportAssignmentType]
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
 def readable(parts: Sequence[AnswerPart | MaskPlace]) -> str:
