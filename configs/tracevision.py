@@ -29,7 +29,8 @@ from evaluation.held_out import HeldOutLoss, HeldOutPictures
 from tracevision_jax.errors import UserError
 from tracevision_jax.inference.loading import TOKENIZER, find_model
 from tracevision_jax.records.collate import collate
-from tracevision_jax.records.processor import Piece, Processor
+from tracevision_jax.records.encoded import Piece
+from tracevision_jax.records.processor import Processor
 from tracevision_jax.records.sample import BadRecord, Conversation, Sample
 from tracevision_jax.records.vocabulary import Vocabulary, load_vocabulary
 from tracevision_jax.systems.tracevision import TraceVision, TraceVisionConfig

@@ -22,7 +22,9 @@ from data_loaders.sources.protocol import RecordSize, Source
 from tracevision_jax.errors import UserError
 from tracevision_jax.nearest import suggest
 from tracevision_jax.records import templates
-from tracevision_jax.records.processor import Piece, Processor, ProcessorConfig
+from tracevision_jax.records.encoded import Piece
+from tracevision_jax.records.processor import Processor
+from tracevision_jax.records.processor_config import ProcessorConfig
 from tracevision_jax.records.sample import Conversation, Sample
 from tracevision_jax.vision.preprocess import VisionInputConfig, image_size, sample_frames, video_size
 

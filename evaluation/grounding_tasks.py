@@ -5,6 +5,7 @@
 - `TraceSegment`: the same for what a trace rests on; all masks of an answer together against all of the truth.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,8 @@ class ReferBox:
     name = "refer_box"
 
     def budget(self, processor: Processor) -> int:
-        """Four coordinates, two tags, the end."""
-        return 7 if processor.config.coordinates == "bins" else 32
+        """Four coordinates, the tag after them, the end."""
+        return 6 if processor.config.coordinates == "bins" else 31
 
     def prompts(self, samples: Samples, index: int) -> list[Prompt]:
         sample = samples[index]
@@ -39,7 +40,7 @@ class ReferBox:
                 sample,
                 templates.locate(region.phrase, None),
                 {"phrase": region.phrase, "truth": region.box[0].tolist()},
-                begins="box",
+                begins=functools.partial(Processor.box_beginning, phrase=region.phrase),
             )
             for number, region in enumerate(sample.regions)
             if np.isfinite(region.box[0]).all()

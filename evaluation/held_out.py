@@ -16,7 +16,7 @@ from tracevision_jax.inference.engine import Engine
 from tracevision_jax.inference.pictures_sheets import Panel, sheet
 from tracevision_jax.inference.rendering import draw_answer
 from tracevision_jax.records.batch import Batch, Bucket
-from tracevision_jax.records.processor import Piece
+from tracevision_jax.records.encoded import Piece
 from tracevision_jax.records.sample import Conversation, Sample, TracePart
 from tracevision_jax.records.vocabulary import Vocabulary
 from tracevision_jax.systems.protocol import System

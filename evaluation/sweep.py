@@ -26,7 +26,8 @@ from tracevision_jax.inference.answers import Answer
 from tracevision_jax.inference.buckets import bucket_of
 from tracevision_jax.inference.engine import Engine
 from tracevision_jax.records.batch import Bucket
-from tracevision_jax.records.processor import Piece, Processor
+from tracevision_jax.records.encoded import Piece
+from tracevision_jax.records.processor import Processor
 from tracevision_jax.records.sample import BadRecord, Sample
 
 ROWS = 50
@@ -152,12 +153,11 @@ class Sweep:
 
     def _answer(self, task: Task, prompts: Sequence[tuple[Prompt, Piece]]) -> Iterator[Record]:
         """Records of a batch of prompts."""
-        words = self.engine.vocabulary
-        beginnings = {"": [], "trajectory": [words.traj_open], "box": [words.special("<|box_start|>")]}
+        force = [prompt.begins(self.processor) if prompt.begins else [] for prompt, _ in prompts]
         answers = self.engine.generate(
             [piece for _, piece in prompts],
-            max_new_tokens=task.budget(self.processor),
-            force=[beginnings[prompt.begins] for prompt, _ in prompts],
+            max_new_tokens=[len(beginning) + task.budget(self.processor) for beginning in force],
+            force=force,
             rows=self.rows,
         )
         for (prompt, _), answer in zip(prompts, answers, strict=True):

@@ -8,9 +8,9 @@ A task is a frozen dataclass, so that its settings are part of what identifies a
 input is made wrong on purpose (another sample's trace); it shows what a number would be without that input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tracevision_jax.inference.answers import Answer
 from tracevision_jax.records.processor import Processor
@@ -18,7 +18,7 @@ from tracevision_jax.records.sample import BadRecord, Conversation, Sample, Trac
 
 Record = dict[str, Any]
 """JSON values."""
-Beginning = Literal["", "trajectory", "box"]
+Beginning = Callable[[Processor], list[int]]
 
 SEARCHED = 16
 """Samples that are looked at to find another one for a control."""
@@ -45,8 +45,8 @@ class Prompt:
     conversation: Conversation
     truth: Record = field(default_factory=dict)
     """What the record keeps of the truth; JSON values."""
-    begins: Beginning = ""
-    """What the answer has to begin with."""
+    begins: Beginning | None = None
+    """Tokens that the answer has to begin with."""
     control: bool = False
 
 
@@ -70,7 +70,7 @@ class Task(Protocol):
         ...
 
     def budget(self, processor: Processor) -> int:
-        """Most tokens of an answer, the end token included."""
+        """Most tokens of an answer beyond its given beginning, the end token included."""
         ...
 
     def prompts(self, samples: Samples, index: int) -> list[Prompt]:

@@ -7,6 +7,7 @@
 - `TracedObject`: are colour and shape of the traced object named; with a control whose traces are other samples'.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -78,16 +79,19 @@ class TracePrediction:
 
     control: bool = True
     """Also ask for the trace of another picture's caption."""
+    phrase_tokens: int = 32
+    """Room for phrases and tags between the parts of a linked trajectory."""
 
     name = "trace_prediction"
 
     def budget(self, processor: Processor) -> int:
-        """As many tokens as the longest trajectory takes, with its tags and the end."""
+        """As many tokens as the longest trajectory takes, with its tags, the end, and phrases between where linked."""
         config = processor.config
+        phrases = self.phrase_tokens if config.linked else 0
         if config.coordinates == "bins":
-            return 2 * config.max_points + 3
+            return 2 * config.max_points + 3 + phrases
         longest = np.full((config.max_points, 2), 0.999)
-        return len(processor.vocabulary.encode(format_digits(longest))) + 3
+        return len(processor.vocabulary.encode(format_digits(longest))) + 3 + phrases
 
     def prompts(self, samples: Samples, index: int) -> list[Prompt]:
         sample = samples[index]
@@ -95,12 +99,14 @@ class TracePrediction:
             return []
         truth = {"caption": sample.caption}
         asked = templates.predict_trace(sample.caption, None)
-        prompts = [Prompt(sample.id, sample, asked, truth, begins="trajectory")]
+        begins = functools.partial(Processor.trajectory_beginning, caption=sample.caption)
+        prompts = [Prompt(sample.id, sample, asked, truth, begins)]
         other = another(samples, index, lambda sample: bool(sample.caption)) if self.control else None
         if other is not None:
             asked = templates.predict_trace(other.caption, None)
             truth = {"caption": other.caption}
-            prompts.append(Prompt(f"{sample.id} control", sample, asked, truth, "trajectory", True))
+            begins = functools.partial(Processor.trajectory_beginning, caption=other.caption)
+            prompts.append(Prompt(f"{sample.id} control", sample, asked, truth, begins, True))
         return prompts
 
     def record(self, prompt: Prompt, answer: Answer, processor: Processor) -> Record:

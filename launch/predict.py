@@ -141,11 +141,11 @@ def _answer(model: "TraceVisionInference", args: Args) -> tuple["Answer", Any, l
     else:
         sample = model.read(args.image[0] if len(args.image) == 1 else list(args.image))
     traces = [read_trace(path) for path in args.trace]
-    special, force = model.engine.vocabulary, []
+    processor, force = model.processor, []
     if args.caption is not None:
-        asked, force = templates.predict_trace(args.caption, None), [special.traj_open]
+        asked, force = templates.predict_trace(args.caption, None), processor.trajectory_beginning(args.caption)
     elif args.locate is not None:
-        asked, force = templates.locate(args.locate, None), [special.special("<|box_start|>")]
+        asked, force = templates.locate(args.locate, None), processor.box_beginning(args.locate)
     elif args.segment:
         asked = templates.segment_phrases([], prompt=" ".join(args.segment))
     elif args.segment is not None:

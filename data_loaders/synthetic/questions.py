@@ -132,14 +132,14 @@ class QuestionMaker:
         answer = NUMBERS[count] if count < len(NUMBERS) else str(count)
         return _turns((f"How many {name} are there?",), (answer.capitalize() + ".",))
 
-    def box_part(self, number: int) -> BoxPart:
-        """The object's box in the first frame."""
-        return BoxPart(self.scene.box(number)[0])
+    def boxed(self, number: int) -> tuple[Part, ...]:
+        """The object's phrase and its box in the first frame."""
+        return PhrasePart(short_phrase(self.objects[number])), BoxPart(self.scene.box(number)[0])
 
     def box(self, number: int) -> tuple[Turn, ...]:
         """Give the box of a named object."""
         name = short_phrase(self.objects[number])
-        return _turns((self.pick(BOX).format(name),), (self.box_part(number),))
+        return _turns((self.pick(BOX).format(name),), self.boxed(number))
 
     def segment(self, number: int) -> tuple[Turn, ...]:
         """Give the mask of a named object."""
@@ -152,7 +152,7 @@ class QuestionMaker:
 
     def trace_box(self, number: int) -> tuple[Turn, ...]:
         """Give the box of the traced object."""
-        return _turns((self.trace(number), self.pick(BOX).format("this object")), (self.box_part(number),))
+        return _turns((self.trace(number), self.pick(BOX).format("this object")), self.boxed(number))
 
     def trace_segment(self, number: int) -> tuple[Turn, ...]:
         """Give the mask of the traced object."""
@@ -165,7 +165,7 @@ class QuestionMaker:
             (("Where is it?",), (place_of(self.scene.layout.centre(number)).capitalize() + ".",)),
             (("Is it large or small?",), (thing.size.capitalize() + ".",)),
             (("Segment it.",), self.masked(number)),
-            (("Give its box.",), (self.box_part(number),)),
+            (("Give its box.",), self.boxed(number)),
             (
                 ("And what is this? ", self.trace(other)),
                 (with_article(self.objects[other].name).capitalize() + ".",),

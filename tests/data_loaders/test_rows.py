@@ -22,7 +22,8 @@ from data_loaders.synthetic.config import QUESTION_KINDS, SceneConfig
 from data_loaders.synthetic.scenes import SyntheticScenes
 from tracevision_jax.errors import UserError
 from tracevision_jax.records import templates
-from tracevision_jax.records.processor import Processor, ProcessorConfig
+from tracevision_jax.records.processor import Processor
+from tracevision_jax.records.processor_config import ProcessorConfig
 from tracevision_jax.records.vocabulary import Vocabulary, train_tokenizer
 from tracevision_jax.vision.preprocess import VisionInputConfig, sample_frames, video_size
 

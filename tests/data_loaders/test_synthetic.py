@@ -221,7 +221,7 @@ def test_traces_of_questions_take_two_to_three_seconds():
 
 def test_questions_of_a_scene_are_about_different_objects():
     sample = SyntheticScenes(0, 1, SceneConfig(questions=("box",), questions_per_scene=4))[0]
-    boxes = {tuple(question.turns[1].parts[0].box) for question in sample.questions}
+    boxes = {tuple(question.turns[1].parts[1].box) for question in sample.questions}
     assert len(boxes) == 4
 
 

@@ -20,7 +20,8 @@ from evaluation.trace_tasks import TraceCaptioning, TracedObject, TracePredictio
 from tests.inference import tiny
 from tracevision_jax.inference.answers import Answer, Box, Mask, Phrase, Trajectory
 from tracevision_jax.inference.attention import BlockAttention
-from tracevision_jax.records.processor import Processor, ProcessorConfig
+from tracevision_jax.records.processor import Processor
+from tracevision_jax.records.processor_config import ProcessorConfig
 from tracevision_jax.records.sample import BoxPart, Conversation, MaskPart, PhrasePart, Sample, TracePart
 from tracevision_jax.records.simplification import Simplification
 from tracevision_jax.trajectory.checks import check_trace

@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.inference import tiny
 from tracevision_jax.inference.answers import Answer, Mask, MaskPlace, read_tokens
-from tracevision_jax.records.processor import Piece
+from tracevision_jax.records.encoded import Piece
 
 
 class StubEngine:
@@ -22,9 +22,10 @@ class StubEngine:
         self.calls: list[int] = []
         self.texts: list[str] = []
 
-    def generate(self, pieces: Sequence[Piece], *, max_new_tokens: int, force, rows: int) -> list[Answer]:
+    def generate(self, pieces: Sequence[Piece], *, max_new_tokens: Sequence[int], force, rows: int) -> list[Answer]:
         self.calls.append(len(pieces))
-        return [self._answer(piece, list(begin), max_new_tokens) for piece, begin in zip(pieces, force, strict=True)]
+        asked = zip(pieces, force, max_new_tokens, strict=True)
+        return [self._answer(piece, list(begin), budget) for piece, begin, budget in asked]
 
     def _answer(self, piece: Piece, force: list[int], budget: int) -> Answer:
         text = self.vocabulary.decode(piece.conversations[0].tokens.tolist())

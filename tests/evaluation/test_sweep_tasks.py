@@ -18,6 +18,7 @@ from evaluation.trace_tasks import TraceCaptioning, TracedObject, TracePredictio
 from tests.inference import tiny
 from tracevision_jax.errors import UserError
 from tracevision_jax.inference.answers import Answer, Box, Mask, Phrase, Trajectory
+from tracevision_jax.records.processor import Processor
 from tracevision_jax.records.sample import MaskPart, TracePart
 from tracevision_jax.systems.config_json import to_json
 from tracevision_jax.trajectory.tokens import from_bins, to_bins
@@ -197,10 +198,10 @@ def test_masks_of_a_video_are_compared_at_the_frames_that_were_shown():
 def test_budgets_hold_the_longest_well_formed_answer():
     processor = tiny.processor()
     assert TracePrediction().budget(processor) == 2 * processor.config.max_points + 3
+    linked = Processor(processor.vocabulary, dataclasses.replace(processor.config, linked=True))
+    assert TracePrediction(phrase_tokens=9).budget(linked) == 2 * processor.config.max_points + 12
     digits = dataclasses.replace(processor.config, coordinates="digits")
     words = dataclasses.replace(tiny.vocabulary(), coordinates="digits")
-    from tracevision_jax.records.processor import Processor
-
     assert TracePrediction().budget(Processor(words, digits)) > 2 * processor.config.max_points + 3
 
 

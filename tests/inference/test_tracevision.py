@@ -65,7 +65,7 @@ def test_each_task_asks_what_its_template_asks(ask, text, model, asked):
 def test_trajectories_and_boxes_are_begun_for_the_model(model, asked):
     for ask, end in (
         (lambda: model.predict_trace(PICTURE, "a star"), "assistant\n<traj>"),
-        (lambda: model.locate(PICTURE, "a star"), "assistant\n<|box_start|>"),
+        (lambda: model.locate(PICTURE, "a star"), "<|object_ref_start|>a star<|object_ref_end|><|box_start|>"),
         (lambda: model.describe(PICTURE, TRACE), "assistant\n"),
     ):
         with pytest.raises(StopAsking):

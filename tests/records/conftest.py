@@ -8,7 +8,8 @@ import pytest
 from data_loaders.synthetic.config import QUESTION_KINDS, SceneConfig
 from data_loaders.synthetic.scenes import SyntheticScenes
 from tests.records.qwen_tokenizer import released_tokenizer
-from tracevision_jax.records.processor import Processor, ProcessorConfig
+from tracevision_jax.records.processor import Processor
+from tracevision_jax.records.processor_config import ProcessorConfig
 from tracevision_jax.records.sample import Sample
 from tracevision_jax.records.simplification import Simplification
 from tracevision_jax.records.vocabulary import Vocabulary, train_tokenizer

@@ -8,7 +8,8 @@ import pytest
 from tests.records.conftest import CONFIG, VISION
 from tracevision_jax.records.batch import Batch, Bucket, rows_of
 from tracevision_jax.records.collate import collate, empty_batch
-from tracevision_jax.records.processor import Piece, Processor
+from tracevision_jax.records.encoded import Piece
+from tracevision_jax.records.processor import Processor
 from tracevision_jax.records.sample import Conversation, MaskPart, Sample, TracePart, Turn, UnitNamesPart
 
 BUCKET = Bucket(tokens=200, frames=4, windows=8, conversations=3, points=7, masks=5)
@@ -118,7 +119,7 @@ def test_each_conversation_has_its_slot_of_the_row(pieces):
     for number in range(3):
         own, packed = slots.segments[0] == number + 1, tight.segments[0] == number + 1
         assert own.nonzero()[0][0] == number * (longest + 2)
-        for name in ("tokens", "targets", "target_weights", "positions", "visual_index", "point_index"):
+        for name in ("tokens", "targets", "target_weights", "sought", "positions", "visual_index", "point_index"):
             assert (vars(slots)[name][0][own] == vars(tight)[name][0][packed]).all(), name
     assert (slots.tokens[0][slots.mask_slots[0, :3]] == tight.tokens[0][tight.mask_slots[0, :3]]).all()
     with pytest.raises(ValueError, match=rf"has {longest} tokens, its slot of the row {longest - 1}"):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.records.conftest import CONFIG, VISION
 from tracevision_jax.errors import UserError
 from tracevision_jax.records import templates
-from tracevision_jax.records.processor import EncodedConversation, Processor
+from tracevision_jax.records.encoded import EncodedConversation
+from tracevision_jax.records.processor import Processor
 from tracevision_jax.records.sample import (
     BoxPart,
     Conversation,
@@ -19,6 +20,7 @@ from tracevision_jax.records.sample import (
     PhrasePart,
     Region,
     Sample,
+    TimedWord,
     TracePart,
     Turn,
     UnitNamesPart,
@@ -69,6 +71,35 @@ def test_just_the_assistants_words_and_end_tokens_are_learned(processor, picture
     )
     slots = np.isin(encoded.tokens, processor.vocabulary.slots)
     assert slots.sum() == SLOTS and not encoded.learn[slots].any()
+
+
+def test_a_linked_trajectory_names_each_phrase_before_the_points_of_its_time(vocabulary, picture):
+    linked = Processor(vocabulary, dataclasses.replace(CONFIG, linked=True))
+    said = "A red circle. A small star."
+    words = tuple(TimedWord(text, 0.15 * k, 0.15 * (k + 1)) for k, text in enumerate(said.split()))
+    encoded = one(linked, picture, user("?"), assistant(TracePart(POINTS, words)))
+    answer = learned_text(vocabulary, encoded)
+    assert answer == (
+        "<|object_ref_start|>A red circle<|object_ref_end|><traj><12><345><500><500></traj>"
+        "<|object_ref_start|>A small star<|object_ref_end|><traj><999><100></traj><|im_end|>"
+    )
+    begins = vocabulary.decode(linked.trajectory_beginning(said))
+    assert answer.startswith(begins) and begins.endswith("<|object_ref_end|><traj>")
+    assert vocabulary.decode(Processor(vocabulary, CONFIG).trajectory_beginning(said)) == "<traj>"
+    seekers = encoded.sought.any(1)
+    places = np.unique(encoded.sought[seekers], axis=0)
+    assert len(places) == 2 and seekers.sum() == 6, "every coordinate seeks the place of its phrase"
+
+
+def test_phrases_share_the_points_of_a_linked_trajectory_evenly(vocabulary, picture):
+    linked = Processor(vocabulary, dataclasses.replace(CONFIG, linked=True, max_points=4))
+    said = "A red circle. A star."
+    words = tuple(TimedWord(text, 0.1 * k, 0.1 * (k + 1)) for k, text in enumerate(said.split()))
+    times = np.linspace(0.0, 0.5, 20)
+    trace = TracePart(np.stack([times, times, times], 1), words)
+    first, second = linked.links(trace, picture.size)
+    assert len(first.points) == len(second.points) == 2
+    assert first.points[0, 2] == 0.0 and first.points[1, 2] < 0.3 <= second.points[0, 2] and second.points[1, 2] == 0.5
 
 
 def test_visual_tokens_run_over_the_picture_in_raster_order(processor, picture):
@@ -326,3 +357,57 @@ def test_regions_are_masked_in_their_order(processor, picture):
         "<|object_ref_start|>left<|object_ref_end|>[SEG] and <|object_ref_start|>right<|object_ref_end|>[SEG]<|im_end|>"
     )
     assert [target[:, :4].mean() for target in encoded.mask_target] == [1, 0]
+
+
+BIN = 1 / 1000
+
+
+@pytest.mark.parametrize("coordinates", ["bins", "digits"])
+def test_an_answers_coordinates_and_slots_seek_what_they_are_about(vocabulary, digits, picture, coordinates):
+    """The token before each coordinate, and the slots of a mask themselves; nothing in the user's turn."""
+    words = digits if coordinates == "digits" else vocabulary
+    processor = Processor(words, dataclasses.replace(CONFIG, coordinates=coordinates))
+    mask = np.zeros((1, 24, 40), bool)
+    mask[0, 6:12, 10:30] = True
+    box = np.array([0.25, 0.0, 0.5, 0.5])
+    encoded = one(
+        processor,
+        picture,
+        user("Where ", BoxPart(np.array([0.1, 0.1, 0.2, 0.2])), "?"),
+        assistant("Here ", BoxPart(box), TracePart(OTHER), MaskPart(mask), MaskPart(np.zeros((1, 24, 40), bool))),
+    )
+    assert encoded.sought.shape == (len(encoded.tokens), 4) and encoded.sought.dtype == np.float32
+    around = np.array([-0.5, -0.5, 0.5, 0.5]) * BIN
+    wanted = np.stack([box, box, *np.tile(OTHER[:, :2], (1, 2)), [0.25, 0.25, 0.75, 0.5]]) + around
+    seekers = np.flatnonzero(encoded.sought.any(1))
+    found, counts = np.unique(encoded.sought[seekers], axis=0, return_counts=True)
+    assert np.allclose(found, np.unique(wanted, axis=0), atol=1e-6)
+    slots = np.flatnonzero(np.isin(encoded.tokens, words.slots))
+    assert np.allclose(encoded.sought[slots[:SLOTS]], wanted[-1], atol=1e-6)
+    assert not encoded.sought[slots[SLOTS:]].any(), "an empty mask has no place"
+    if coordinates == "bins":
+        assert counts.tolist() == [4 if np.allclose(row, wanted[0]) else 6 if row[2] > 0.7 else 2 for row in found]
+        bins = np.flatnonzero(words.is_bin(encoded.tokens) & (encoded.learn > 0))
+        assert seekers.tolist() == sorted({*(bins - 1), *slots[:SLOTS]})
+
+
+def test_an_answer_about_one_trace_seeks_where_it_lies(processor, picture):
+    """Until the next question; what has a place of its own keeps it, and two traces are no one place."""
+    box = np.array([0.25, 0.0, 0.5, 0.5])
+    turns = [user("What is ", TracePart(OTHER), "?"), assistant("red", BoxPart(box)), user("And?"), assistant("blue")]
+    encoded = one(processor, picture, *turns)
+    seekers = np.flatnonzero(encoded.sought.any(1))
+    first = np.flatnonzero(encoded.learn > 0)[: -len(processor.vocabulary.encode("blue")) - 1]
+    assert seekers.tolist() == (first - 1).tolist()
+    extent = np.array([0.25, 0.7, 0.3, 0.75]) + np.array([-0.5, -0.5, 0.5, 0.5]) * BIN
+    coordinates = processor.vocabulary.is_bin(encoded.tokens[first])
+    assert coordinates.sum() == 4
+    for place, own in zip(encoded.sought[seekers], coordinates, strict=True):
+        assert np.allclose(place[1], -0.0005 if own else extent[1], atol=1e-6)
+    two = user("Which? ", TracePart(OTHER), TracePart(POINTS))
+    assert not one(processor, picture, two, assistant("red")).sought.any()
+
+
+def test_a_prompt_seeks_nothing(processor, picture):
+    turns = user("Where?"), assistant(BoxPart(np.array([0.25, 0.0, 0.5, 0.5])))
+    assert not one(processor, picture, *turns, answer=False).sought.any()

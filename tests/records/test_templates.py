@@ -39,7 +39,7 @@ ANSWERS = {
     "trace_from_caption": {TracePart},
     "joint_caption_trace": {str, TracePart},
     "trace_segment": {PhrasePart, MaskPart},
-    "refer_box": {BoxPart},
+    "refer_box": {PhrasePart, BoxPart},
     "refer_segment": {PhrasePart, MaskPart},
     "plain_caption": {str},
     "plain_boxes": {str},
@@ -161,8 +161,19 @@ def test_absent_regions_are_not_asked_for(narrated):
     sample = dataclasses.replace(narrated, regions=(gone, narrated.regions[1]))
     for seed in range(6):
         made = templates.build(sample, "refer_box", np.random.default_rng(seed))
-        (box,) = made.turns[1].parts
+        phrase, box = made.turns[1].parts
+        assert isinstance(phrase, PhrasePart) and phrase.text == narrated.regions[1].phrase
         assert isinstance(box, BoxPart) and (box.box == narrated.regions[1].box[0]).all()
+
+
+def test_objects_are_listed_in_any_order_each_with_its_own_box(narrated):
+    orders = set()
+    for seed in range(12):
+        parts = templates.build(narrated, "plain_objects", np.random.default_rng(seed)).turns[1].parts
+        said = {tuple(box.box): phrase.text for phrase, box in zip(parts[::2], parts[1::2], strict=True)}
+        assert said == {tuple(region.box[0]): region.phrase for region in narrated.regions}
+        orders.add(tuple(said.values()))
+    assert len(orders) > 1
 
 
 def test_unit_names_are_the_nouns_of_the_phrases(narrated):

@@ -11,7 +11,8 @@ import pytest
 from tests.records.conftest import TEXTS, VISION
 from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
 from tracevision_jax.language.config import LanguageConfig
-from tracevision_jax.records.processor import Piece, Processor
+from tracevision_jax.records.encoded import Piece
+from tracevision_jax.records.processor import Processor
 from tracevision_jax.records.sample import Conversation, MaskPart, Sample, TracePart, Turn
 from tracevision_jax.records.simplification import Simplification
 from tracevision_jax.records.vocabulary import Vocabulary, train_tokenizer

@@ -16,7 +16,7 @@ from tracevision_jax.records.collate import collate
 from tracevision_jax.systems.tracevision import STAGES, TraceVision, tracevision_config
 from tracevision_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tracevision_jax.training.step import create_state
-from tracevision_jax.trajectory.fourier import bin_centres, line_features
+from tracevision_jax.trajectory.fourier import bin_centres, line_features, plane_features
 
 RELEASED_7B = 8_292_166_656
 """Parameters of Qwen2.5-VL-7B-Instruct."""
@@ -242,3 +242,22 @@ def test_parameters_are_drawn_from_the_key_alone(system):
     assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True))
     assert not jnp.array_equal(one["decoder"]["token_in"]["kernel"], other["decoder"]["token_in"]["kernel"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one))
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_a_guided_layer_that_is_not_there_is_refused(system, layer):
+    with pytest.raises(UserError, match=f"guided_layer is {layer}; the layers are 0 to 1"):
+        dataclasses.replace(system.config, guided_layer=layer)
+
+
+def test_visual_tokens_can_bring_their_places(system, params, pieces):
+    """The difference to plain features is the Fourier features of the units' centres, in every conversation."""
+    bucket = Bucket(tokens=136, frames=1, windows=4, conversations=2, points=6, masks=4)
+    batch = jax.tree.map(jnp.asarray, collate([[pieces[1]]], bucket, system.config.processor))
+    placed = TraceVision(dataclasses.replace(system.config, unit_places=3.0))
+    plain, moved = (one.model.apply({"params": params}, batch, method="context").embeddings for one in (system, placed))
+    visual = np.asarray(batch.visual_index[0]) >= 0
+    features = np.asarray(moved - plain)[0]
+    assert np.allclose(np.linalg.norm(features[visual], axis=-1), 3.0, atol=1e-4) and not features[~visual].any()
+    centres = np.array([[x, y] for y in (0.25, 0.75) for x in (1 / 6, 0.5, 5 / 6)])
+    assert np.allclose(features[visual], 3.0 * plane_features(jnp.asarray(centres), 16), atol=1e-5)

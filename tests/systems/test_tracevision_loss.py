@@ -160,3 +160,22 @@ def test_masks_are_decoded_on_the_frame_that_they_name(system, params, rng):
 
     one, other = masks(jnp.asarray([[0, 1]]))[0], masks(jnp.asarray([[1, 0]]))[0]
     assert np.allclose(one, other[::-1], atol=1e-5) and np.abs(one - other).max() > 1e-2
+
+
+def test_guidance_is_part_of_the_loss_and_does_not_depend_on_the_layout(params, pieces):
+    """Slots of five masks seek their place, and an answer that of a trace, however rows are packed and padded."""
+    slot = max(len(c.tokens) for piece in pieces for c in piece.conversations)
+    guided = with_rows(TraceVision(dataclasses.replace(tiny_system().config, guided_layer=1)), slot_tokens=slot)
+    assert guided.coefficients["guidance"] == 0.5 and isinstance(guided, System)
+    bucket = dataclasses.replace(BUCKET, tokens=3 * slot)
+    run = measured(guided)
+    separate = run(params, collate([[piece] for piece in pieces], bucket, guided.config.processor))
+    seekers = [c.sought[:, 2] > c.sought[:, 0] for piece in pieces for c in piece.conversations]
+    assert int(separate[1]["guidance"]) == sum(int(some.sum()) for some in seekers) > 30
+    assert 0.1 < float(separate[0]["guidance"] / separate[1]["guidance"]) < 10
+    packed = collate([[pieces[2]], [pieces[1], pieces[0]], []], bucket, guided.config.processor)
+    assert_same(run(params, packed), separate)
+    without = measured(guided_off := with_rows(tiny_system(), slot_tokens=slot))(params, packed)
+    assert "guidance" not in without[0] and guided_off.coefficients == tiny_system().coefficients
+    layers = [found[2]["host"]["language"]["layers"]["attn"]["q"]["kernel"] for found in (separate, without)]
+    assert distance(*layers) > 0.01

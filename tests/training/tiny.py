@@ -111,6 +111,7 @@ def empty_batch(bucket: Bucket, rows: int) -> Batch:
         positions=zeros(b, t, 3),
         targets=zeros(b, t),
         target_weights=zeros(b, t, dtype=np.float32),
+        sought=zeros(b, t, 4, dtype=np.float32),
         visual_index=np.full((b, t), -1, np.int32),
         point_index=np.full((b, t), -1, np.int32),
         patches=zeros(b, f, bucket.windows, SLOTS, PATCH_DIM, dtype=np.float32),

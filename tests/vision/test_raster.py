@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tracevision_jax.vision.raster import features_on_square, unit_centres
+from tracevision_jax.vision.raster import features_on_square, unit_boxes, unit_centres
 from tracevision_jax.vision.windows import raster_slots
 
 WINDOW_UNITS, MERGE, WIDTH = 2, 2, 3
@@ -103,3 +103,14 @@ def test_unit_centres_are_where_the_units_lie_in_the_picture():
 def test_an_absent_frame_has_no_units():
     _, inside = unit_centres(jnp.zeros((1, 2, 2), jnp.int32), 4, WINDOW_UNITS, MERGE)
     assert not inside.any()
+
+
+def test_unit_boxes_tile_the_picture_around_their_centres():
+    grid = jnp.asarray(np.array(GRIDS, np.int32)[:, None])
+    xy, inside = unit_centres(grid, 12, WINDOW_UNITS, MERGE)
+    boxes = np.asarray(unit_boxes(grid, 12, WINDOW_UNITS, MERGE))
+    assert (boxes[~np.asarray(inside)] == 0).all()
+    assert np.allclose((boxes[..., :2] + boxes[..., 2:]) / 2, xy, atol=1e-6)
+    areas = np.prod(boxes[..., 2:] - boxes[..., :2], axis=-1)
+    assert np.allclose(areas.sum(axis=(1, 2)), 1.0, atol=1e-5)
+    assert boxes.min() >= -1e-6 and boxes.max() <= 1 + 1e-6

@@ -1,7 +1,7 @@
 """What a model answers: token ids read back as text, phrases, boxes, trajectories and masks, in their order.
 
     answer.text            # readable text, phrases in it
-    answer.points          # the first trajectory, (n, 2) in [0, 1]
+    answer.points          # the trajectory, (n, 2) in [0, 1]
     answer.masks           # (masks, frames, height, width) at the picture's own resolution
     answer.grounded        # phrases with the box and the mask that follow them
     answer.as_json()       # all of it, masks as COCO run lengths
@@ -99,8 +99,8 @@ class Answer:
 
     @property
     def points(self) -> Float[np.ndarray, "points 2"]:
-        """The first trajectory; no points where there is none."""
-        return next(iter(self.trajectories), np.zeros((0, 2)))
+        """All trajectories, one after the other: one may be written in parts, each after its phrase."""
+        return np.concatenate([np.zeros((0, 2)), *self.trajectories])
 
     @property
     def boxes(self) -> Float[np.ndarray, "boxes 4"]:

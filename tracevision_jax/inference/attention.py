@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from tracevision_jax.records.processor import Piece
+from tracevision_jax.records.encoded import Piece
 from tracevision_jax.vision.preprocess import VisionInputConfig
 from tracevision_jax.vision.windows import raster_units
 

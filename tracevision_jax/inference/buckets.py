@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tracevision_jax.records.batch import Bucket
-from tracevision_jax.records.processor import Piece
+from tracevision_jax.records.encoded import Piece
 
 LEAST_TOKENS, LEAST_POINTS = 128, 16
 MAX_ROWS = 64

@@ -38,7 +38,7 @@ from tracevision_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from tracevision_jax.parallel.rules import ACTIVATIONS
 from tracevision_jax.records.batch import Batch, Bucket
 from tracevision_jax.records.collate import collate
-from tracevision_jax.records.processor import Piece
+from tracevision_jax.records.encoded import Piece
 from tracevision_jax.records.vocabulary import BINS, SLOTS, Vocabulary
 from tracevision_jax.systems.tracevision import TraceVisionConfig, TraceVisionModel
 

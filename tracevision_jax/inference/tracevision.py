@@ -87,7 +87,7 @@ class TraceVisionInference:
     ) -> Answer:
         """Where the gaze would go while a caption is spoken; `.points` always holds at least one point."""
         sample = self.read(image, frames_per_second)
-        force = [self.engine.vocabulary.traj_open]
+        force = self.processor.trajectory_beginning(caption)
         asked = templates.predict_trace(caption, None)
         return self.ask(sample, asked, force=force, max_new_tokens=max_new_tokens, sampling=sampling)
 
@@ -123,7 +123,7 @@ class TraceVisionInference:
     ) -> Answer:
         """The box of what a phrase names; `.box`."""
         sample = self.read(image, frames_per_second)
-        force = [self.engine.vocabulary.special("<|box_start|>")]
+        force = self.processor.box_beginning(phrase)
         asked = templates.locate(phrase, None)
         return self.ask(sample, asked, force=force, max_new_tokens=max_new_tokens, sampling=sampling)
 

@@ -41,6 +41,9 @@ class SelfAttention(nn.Module):
         v = projection("v", (c.kv_heads, c.head_dim), bias=c.qkv_bias, **options)(x)
         q = constrain(apply_rotary(q, angles), "batch", "tokens", "heads", None)
         k = constrain(apply_rotary(k, angles), "batch", "tokens", "kv_heads", None)
+        # For a loss on attention (`ops/guided_attention.py`); nothing is kept unless "intermediates" is mutable.
+        self.sow("intermediates", "first_queries", q[:, :, 0])
+        self.sow("intermediates", "first_keys", k[:, :, 0])
         if store is not None:
             keys, values, lengths = store
             keys, values = write_rows(keys, layer, k, lengths), write_rows(values, layer, v, lengths)

@@ -45,9 +45,11 @@ def rematerialised(
 def scanned(module: Any, length: int, in_axes: Any) -> Any:
     """Repeat a module whose call maps (carry, *inputs) to (carry, output); parameters get a leading axis.
 
-    `in_axes` has one entry an input: 0 for one split along its first axis, `nn.broadcast` for a constant.
+    `in_axes` has one entry an input: 0 for one split along its first axis, `nn.broadcast` for a constant. What the
+    module sows as "intermediates" is stacked likewise.
     """
-    return nn.scan(module, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length)
+    axes: Any = {"params": 0, "intermediates": 0}
+    return nn.scan(module, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length)
 
 
 class RMSNorm(nn.Module):

@@ -6,7 +6,7 @@ frames follow each other along F. Absent things are padding, and padding never c
 """
 
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import jax
 from jaxtyping import Bool, Float, Int
@@ -25,6 +25,9 @@ class Bucket:
     conversations: int
     points: int
     masks: int
+
+    adds_up: ClassVar[tuple[str, ...]] = ("tokens", "frames", "conversations", "masks")
+    """Of these the records in a row have the sum; the others are maxima."""
 
     def __str__(self) -> str:
         return (
@@ -49,6 +52,9 @@ class Batch:
     """The token that position t predicts (already shifted); padding 0."""
     target_weights: Float[Array, "B T"]
     """Loss weight of each target, 0 where nothing is to be learned."""
+    sought: Float[Array, "B T 4"]
+    """The place (x1, y1, x2, y2) that position t is to attend to, see `EncodedConversation.sought`; padding 0, a box
+    without area."""
     visual_index: Int[Array, "B T"]
     """-1, or the place of this token's visual feature in the row's (conversations, frames, units) flattened."""
     point_index: Int[Array, "B T"]
@@ -73,6 +79,11 @@ class Batch:
     """Number from 1 of the conversation and frame that masks compete in (the overlap of Eq. 14); 0 is padding."""
     mask_slots: Int[Array, "B K Q"]
     """Positions in the row of the six codebook slots of each mask; padding 0."""
+
+    @property
+    def filled(self) -> Bool[Array, "B T"]:
+        """Tokens that are not padding."""
+        return self.segments > 0
 
 
 def rows_of(batch: Batch) -> int:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from tracevision_jax.records.batch import Batch, Bucket
-from tracevision_jax.records.processor import Piece, ProcessorConfig
+from tracevision_jax.records.encoded import Piece
+from tracevision_jax.records.processor_config import ProcessorConfig
 from tracevision_jax.records.vocabulary import SLOTS
 
 
@@ -46,6 +47,7 @@ def empty_batch(rows: int, bucket: Bucket, config: ProcessorConfig) -> Batch:
         positions=np.zeros((b, t, 3), i32),
         targets=np.zeros((b, t), i32),
         target_weights=np.zeros((b, t), f32),
+        sought=np.zeros((b, t, 4), f32),
         visual_index=np.full((b, t), -1, i32),
         point_index=np.full((b, t), -1, i32),
         patches=np.zeros((b, f, w, slots, vision.patch_dim), f32),
@@ -85,6 +87,7 @@ def _place(batch: Batch, row: int, pieces: Sequence[Piece], bucket: Bucket, conf
             extra, words = encoded.extra_targets[:, 0] + token, encoded.extra_targets[:, 1]
             batch.targets[row, extra] = words
             batch.target_weights[row, extra] = config.answer_weight(len(extra))
+            batch.sought[row, here] = encoded.sought
             place = (conversation * bucket.frames + frame + encoded.visual[:, 0]) * units + encoded.visual[:, 1]
             batch.visual_index[row, here] = np.where(encoded.visual[:, 0] >= 0, place, -1)
             batch.point_index[row, here] = np.where(

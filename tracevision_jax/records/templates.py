@@ -80,9 +80,10 @@ def predict_trace(caption: str, answer: TracePart | None, rng: Rng = None) -> Co
 
 
 def locate(phrase: str, box: np.ndarray | None, rng: Rng = None) -> Conversation:
-    """Referring localisation."""
+    """Referring localisation; the answer is the phrase with its box."""
     before, after = choose(WHERE, rng)
-    return conversation("refer_box", (f"{before}{phrase}{after}",), (BoxPart(box),) if box is not None else ())
+    answer = (PhrasePart(phrase), BoxPart(box)) if box is not None else ()
+    return conversation("refer_box", (f"{before}{phrase}{after}",), answer)
 
 
 def segment_phrases(regions: Sequence[Region], rng: Rng = None, prompt: str | None = None) -> Conversation:
@@ -134,9 +135,10 @@ def _plain_boxes(sample: Sample, rng: Rng) -> Conversation:
 
 
 def _plain_objects(sample: Sample, rng: Rng) -> Conversation:
-    """Every region with its box, from left to right."""
-    regions = sorted(_present(sample), key=lambda region: float(region.box[0][0]))
-    answer = [part for region in regions for part in (PhrasePart(region.phrase), BoxPart(region.box[0]))]
+    """Every region with its box, in any order, so that no box can be told without its phrase."""
+    regions = _present(sample)
+    order = range(len(regions)) if rng is None else rng.permutation(len(regions))
+    answer = [part for index in order for part in (PhrasePart(regions[index].phrase), BoxPart(regions[index].box[0]))]
     return conversation("plain_objects", (choose(LIST, rng),), answer)
 
 

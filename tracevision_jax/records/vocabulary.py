@@ -94,6 +94,10 @@ class Vocabulary:
         """Id of `</traj>`."""
         return self.first_added + END_OFFSET
 
+    def marked(self, phrase: str) -> list[int]:
+        """A phrase between the marks of what the part after it belongs to."""
+        return [self.special("<|object_ref_start|>"), *self.encode(phrase), self.special("<|object_ref_end|>")]
+
     @property
     def seg(self) -> int:
         """Id of `[SEG]`."""

@@ -19,19 +19,22 @@ from tracevision_jax.hosts.qwen25vl import Qwen25VL, Qwen25VLConfig, place_featu
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.nearest import suggest
 from tracevision_jax.ops.cross_entropy import learned_first, token_cross_entropy
+from tracevision_jax.ops.guided_attention import guided_attention_loss, sought_tokens
 from tracevision_jax.records.batch import Batch, Bucket
 from tracevision_jax.records.collate import empty_batch
-from tracevision_jax.records.processor import ProcessorConfig
+from tracevision_jax.records.processor_config import ProcessorConfig
 from tracevision_jax.records.vocabulary import SLOTS
 from tracevision_jax.segmentation.losses import dice_per_mask, refinement_per_mask
 from tracevision_jax.segmentation.pixel_decoder import SCALES, PixelDecoder, PixelDecoderConfig
 from tracevision_jax.systems.protocol import Params, Scalars, State
-from tracevision_jax.trajectory.fourier import bin_centres, line_features
+from tracevision_jax.trajectory.fourier import bin_centres, line_features, plane_features
 from tracevision_jax.trajectory.tokens import BINS, FIRST_BIN_OFFSET, added_tokens
 from tracevision_jax.trajectory.tvp import TVP, TVPConfig, frame_time_windows
 from tracevision_jax.vision.preprocess import VisionInputConfig
-from tracevision_jax.vision.raster import features_on_square, unit_centres
+from tracevision_jax.vision.raster import features_on_square, unit_boxes, unit_centres
 
+GUIDANCE_COEFFICIENT = 0.5
+"""Weight of the loss on attention where `guided_layer` asks for it; ours."""
 COEFFICIENTS = {"text": 1.0, "refinement": 1.0, "dice": 2.0}
 """lambda of Eq. 12, as Sec. F.4 sets them."""
 
@@ -64,6 +67,12 @@ class TraceVisionConfig:
     bin_reach: int = 0
     """Answers at temperature 0 take the coordinate bin with the most probability within so many bins of it; 0 compares
     single bins, as the released hosts' greedy decoding does."""
+    unit_places: float = 0.0
+    """Norm of the Fourier features of its place that each visual token brings to the language model. A pretrained host
+    has learned to tell places apart from rotary phases alone and takes 0."""
+    guided_layer: int | None = None
+    """Layer of the language model, from 0, whose first head is taught during training to look at what the tokens of an
+    answer are about (`ops/guided_attention.py`); it is for hosts that start from nothing."""
 
     def __post_init__(self):
         host, decoder = self.host, self.decoder
@@ -92,6 +101,8 @@ class TraceVisionConfig:
             raise UserError(
                 f"Conversations may show {self.processor.max_traces} traces, the TVP tells {self.tvp.max_traces} apart."
             )
+        if self.guided_layer is not None and not 0 <= self.guided_layer < host.language.layers:
+            raise UserError(f"guided_layer is {self.guided_layer}; the layers are 0 to {host.language.layers - 1}.")
         for name in GEOMETRY:
             cut, taken = getattr(self.processor.vision, name), getattr(host.vision, name)
             if cut != taken:
@@ -172,6 +183,8 @@ class TraceVisionModel(nn.Module):
             return spread.reshape(rows * conversations, *x.shape[1:])
 
         embeddings = self.host.embed(batch.tokens)
+        if config.unit_places:
+            units = units + config.unit_places * plane_features(xy, width).astype(units.dtype)
         if not points:  # a bucket without trajectories: each conversation's visual features are the image's own
             visual = per_conversation(units).reshape(rows, conversations * frames * count, width)
             return Context(place_features(embeddings, visual, batch.visual_index), shallow, deep, [])
@@ -203,6 +216,23 @@ class TraceVisionModel(nn.Module):
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocabulary"]:
         """Logits over base and added tokens, float32."""
         return self.host.logits(hidden)
+
+    def guidance(
+        self, batch: Batch, queries: Float[Array, "N t head_dim"], keys: Float[Array, "N t head_dim"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Sum and weight of the loss on one head's attention; a place is sought in every frame of a video.
+
+        Rows are as the language model's layers saw them: conversations where these have slots of their own.
+        """
+        vision = self.config.host.vision
+        boxes = unit_boxes(batch.grid, batch.patches.shape[2], vision.window_units, vision.merge)
+        boxes = boxes.reshape(boxes.shape[0], -1, 4)
+        index = batch.visual_index
+        shown = jnp.take_along_axis(boxes, (jnp.maximum(index, 0) % boxes.shape[1])[..., None], axis=1)
+        shown = jnp.where((index >= 0)[..., None], shown, 0.0)
+        rows = queries.shape[:2]
+        wanted = sought_tokens(batch.sought.reshape(*rows, 4), shown.reshape(*rows, 4))
+        return guided_attention_loss(queries, keys, batch.segments.reshape(rows), wanted)
 
     def masks(
         self,
@@ -256,7 +286,8 @@ class TraceVision:
     @property
     def coefficients(self) -> Mapping[str, float]:
         """lambda of Eq. 12; the token accuracy is only reported."""
-        return COEFFICIENTS
+        guided = self.config.guided_layer is not None
+        return COEFFICIENTS | ({"guidance": GUIDANCE_COEFFICIENT} if guided else {})
 
     def init(self, rng: jax.Array) -> Params:
         """Draw all parameters; coordinate bins start from Fourier features of their place."""
@@ -298,7 +329,9 @@ class TraceVision:
         def apply(*inputs: Any, method: str) -> Any:
             return self.model.apply({"params": params}, *inputs, method=method)
 
-        hidden, masks = apply(batch, method="__call__")
+        layer = self.config.guided_layer
+        kept = [] if layer is None else ["intermediates"]
+        (hidden, masks), seen = self.model.apply({"params": params}, batch, mutable=kept)
         text, correct = token_cross_entropy(
             *learned_first(
                 self.config.processor.learned_tokens(hidden.shape[1]),
@@ -318,6 +351,10 @@ class TraceVision:
         }
         tokens, targets = batch.target_weights.sum(), real.sum()
         weights = {"text": tokens, "refinement": targets, "dice": targets, "accuracy": tokens}
+        if layer is not None:
+            first = seen["intermediates"]["host"]["language"]["layers"]["attn"]
+            queries, keys = first["first_queries"][0][layer], first["first_keys"][0][layer]
+            sums["guidance"], weights["guidance"] = apply(batch, queries, keys, method="guidance")
         return sums, weights, state
 
     def trainable(self, stage: str) -> Callable[[str], bool]:

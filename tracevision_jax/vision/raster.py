@@ -49,3 +49,12 @@ def unit_centres(
     xy = jnp.stack([(col + half) / size[..., 1], (row + half) / size[..., 0]], -1)
     flat = (*grid.shape[:2], -1)
     return jnp.where(inside[..., None], xy, 0.0).reshape(*flat, 2), inside.reshape(flat)
+
+
+def unit_boxes(
+    grid: Int[Array, "batch frames 2"], windows: int, window_units: int, merge: int
+) -> Float[Array, "batch frames units 4"]:
+    """The part (x1, y1, x2, y2) of the picture that each merged unit shows, in window order; 0 outside the picture."""
+    centres, inside = unit_centres(grid, windows, window_units, merge)
+    half = merge / 2 / jnp.maximum(grid, 1)[:, :, None, ::-1].astype(jnp.float32)
+    return jnp.where(inside[..., None], jnp.concatenate([centres - half, centres + half], -1), 0.0)
