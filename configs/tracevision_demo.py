@@ -3,14 +3,15 @@
     tracevision demo                                      # all four, then evaluation and a report
     tracevision train tracevision_demo_stage0             # or one by one
     tracevision train tracevision_demo_stage1 --init-from runs/tracevision_demo_stage0
+    tracevision demo --long --out runs/long               # the longer recipe, tracevision_long.py
 
 Hardware: 2 CPU cores, about 14 minutes for the four stages. What to expect stands in the report that `make demo`
 writes, and in the README.
 
-Everything is the real thing but its size: Qwen2.5-VL's tower (2 groups of a window and a full block), mRoPE, TVP,
-codebook, pixel decoder. What helps a host that starts from nothing is switched on here and said in
-docs/architecture.md. Conversations have slots of their own in a row, since attention over a packed row costs its square
-on a CPU.
+Everything is the real thing but its size: Qwen2.5-VL's tower (2 groups of a window and a full block), mRoPE with a
+base that suits grids of 4 x 4 visual tokens, TVP, codebook, pixel decoder. What helps a host that starts from nothing
+is switched on here and said in docs/architecture.md. Conversations have slots of their own in a row, since attention
+over a packed row costs its square on a CPU.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from tracevision_jax.records.batch import Bucket
 from tracevision_jax.records.simplification import Simplification
 from tracevision_jax.records.vocabulary import CHAT_TOKENS
 from tracevision_jax.segmentation.pixel_decoder import PixelDecoderConfig
-from tracevision_jax.systems.tracevision import tracevision_config
+from tracevision_jax.systems.tracevision import TraceVisionConfig, tracevision_config
 from tracevision_jax.training.optimizer import OptimizerConfig
 from tracevision_jax.training.recipe import CheckpointConfig, DataConfig, EvaluationConfig, SourceEntry, TrainRecipe
 from tracevision_jax.vision.config import QwenVisionConfig
@@ -73,7 +74,7 @@ HOST = Qwen25VLConfig(
         head_dim=48,
         mlp_width=192,
         mrope_sections=(8, 8, 8),
-        rope_theta=10_000.0,
+        rope_theta=8.0,
     ),
     **{
         field: CHAT_TOKENS.index(token)
@@ -100,12 +101,9 @@ BASE = tracevision_config(
         "learned_share": 0.6,
         "answer_weighting": 0.5,
         "slot_words": True,
-        "linked": True,
     },
     logit_chunk=0,
     bin_reach=25,
-    unit_places=3.0,
-    guided_layer=2,
 )
 
 
@@ -121,14 +119,11 @@ def demo_recipe(
     points: int = 0,
     masks: int = 0,
     vision_rate: float = 1.0,
-    guided: bool = True,
+    base: TraceVisionConfig = BASE,
+    family: str = "tracevision_demo",
 ) -> TrainRecipe:
     """One stage: kinds of scenes with the dialogues to have about each, each dialogue in a slot of `slot` tokens."""
-    config = dataclasses.replace(
-        BASE,
-        processor=dataclasses.replace(BASE.processor, slot_tokens=slot),
-        guided_layer=BASE.guided_layer if guided else None,
-    )
+    config = dataclasses.replace(base, processor=dataclasses.replace(base.processor, slot_tokens=slot))
     sources = tuple(
         SourceEntry("synthetic", tasks=tasks, options={"seed": seed + number, "count": rows * steps, "config": scenes})
         for number, (scenes, tasks) in enumerate(mixture)
@@ -140,7 +135,7 @@ def demo_recipe(
     bucket = Bucket(slot * conversations, 1, 4, conversations, points, masks)
     return register(
         TrainRecipe(
-            name=f"tracevision_demo_{stage}",
+            name=f"{family}_{stage}",
             system="tracevision",
             model=TraceVisionTraining(config, SCENES_TOKENIZER),
             stage=stage,
@@ -178,7 +173,7 @@ STAGE0 = demo_recipe(
     ((PLAIN_SCENES, ("plain_names+plain_objects",)),),
     slot=208,
     rows=16,
-    steps=600,
+    steps=300,
     learning_rate=0.012,
     seed=0,
 )
@@ -191,24 +186,22 @@ STAGE1 = demo_recipe(
     learning_rate=0.003,
     seed=10,
     points=42,
-    # With the language model frozen, the TVP would bend the visual tokens to draw attention.
-    guided=False,
 )
 STAGE1_5 = demo_recipe(
     "stage1_5",
     (
         (
             asked("what", "what", "trace_segment", "segment"),
-            ("trace_qa+trace_segment+refer_segment", "trace_from_caption+refer_box"),
+            ("trace_qa+trace_segment+refer_segment", "trace_from_caption+trace_qa"),
         ),
         (
             asked("what", "what"),
-            ("caption_from_trace+refer_segment", "plain_objects+refer_box+trace_qa"),
+            ("caption_from_trace+refer_segment", "refer_box+trace_qa+trace_qa"),
         ),
     ),
     slot=200,
     rows=16,
-    steps=500,
+    steps=640,
     learning_rate=0.012,
     vision_rate=0.3,
     seed=20,
@@ -224,7 +217,7 @@ STAGE2 = demo_recipe(
             ("trace_qa+trace_segment", "trace_from_caption+refer_box"),
         ),
     ),
-    slot=200,
+    slot=192,
     rows=16,
     steps=30,
     learning_rate=1e-3,

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from evaluation import report_page, tables
-from evaluation.report_curves import Stage, line_chart, panels, read_stage
+from evaluation.report_curves import Stage, curve_sheet, line_chart, panels, read_stage
 from evaluation.report_examples import Evaluated, asked_section, evaluated_section
 from evaluation.report_figures import (
     PORTRAIT,
@@ -142,6 +142,8 @@ def write_report(
         "versions": versions(),
         "machine": machine(),
     }
+    rows = [(STAGES[name], panels(stage)) for name, stage in stages.items() if stage is not None and stage.train]
+    write_whole(run / "report" / "curves.svg", curve_sheet(rows) + "\n")
     write_whole(run / "report" / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     write_whole(run / "report" / "index.html", _ascii(render(page)))
     return Report(run / "report" / "index.html", metrics)

@@ -20,13 +20,20 @@ from tracevision_jax.errors import UserError
 
 PARTS = {
     "text": "text loss (cross-entropy a token)",
+    "guidance": "attention away from what is sought",
     "refinement": "mask refinement loss",
     "dice": "mask Dice loss",
     "accuracy": "tokens predicted right",
 }
 """The parts of the loss that have a chart, in this order, and what they are called there."""
 
-WIDTH, HEIGHT = 320, 196
+WIDTH, HEIGHT, TITLE = 320, 196, 26
+"""Of a chart, and of the line above a row of them."""
+SHEET_STYLE = (
+    "text{font:11px system-ui,sans-serif;fill:#5c6470}.name,.value{fill:#1d2129;font-weight:600}"
+    ".title{font-size:14px;font-weight:700;fill:#1d2129}.grid{stroke:#dfe3e8}.base{stroke:#5c6470}"
+    ".line{fill:none;stroke:#2563c9;stroke-width:1.8}.dot{fill:#2563c9}.hover{fill:transparent}"
+)
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 34, 40
 MOST_HOVER_POINTS = 60
 
@@ -90,6 +97,8 @@ def read_stage(directory: str | Path, name: str) -> Stage | None:
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             line = json.loads(text)
+            if line["kind"] in ("rejected", "went_back"):
+                continue
             kind = {"train": train, "evaluation": evaluations}[line["kind"]]
             _ = line["step"], line["parts" if line["kind"] == "train" else "values"]
         except (ValueError, KeyError, TypeError) as error:
@@ -115,6 +124,23 @@ def panels(stage: Stage) -> list[Panel]:
         steps, values = zip(*points, strict=True)
         found.append(Panel(title, steps, values, marked=True))
     return found
+
+
+def curve_sheet(rows: Sequence[tuple[str, Sequence[Panel]]]) -> str:
+    """Titled rows of charts as one SVG file, which brings its own colours: for a README or a paper."""
+    columns = max((len(charts) for _, charts in rows), default=1)
+    height = TITLE + HEIGHT
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns * WIDTH} {len(rows) * height}">',
+        f'<style>{SHEET_STYLE}</style><rect width="100%" height="100%" fill="#ffffff"/>',
+    ]
+    for row, (title, charts) in enumerate(rows):
+        top = row * height
+        parts.append(f'<text class="title" x="2" y="{top + TITLE - 6}">{escape(title)}</text>')
+        for column, panel in enumerate(charts):
+            place = f'x="{column * WIDTH}" y="{top + TITLE}" width="{WIDTH}" height="{HEIGHT}"'
+            parts.append(line_chart(panel).replace("<svg ", f"<svg {place} ", 1))
+    return "".join([*parts, "</svg>"])
 
 
 def nice_ticks(highest: float, most: int = 4) -> list[float]:

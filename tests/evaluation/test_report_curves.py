@@ -17,6 +17,7 @@ from evaluation.report_curves import (
     TOP,
     WIDTH,
     Panel,
+    curve_sheet,
     line_chart,
     nice_ticks,
     panels,
@@ -111,3 +112,27 @@ def test_ticks_are_few_round_and_reach_the_highest_value(highest):
     assert ticks[0] == 0 and ticks[-1] >= highest * (1 - 1e-6) and 2 <= len(ticks) <= 6
     assert ticks[1] == pytest.approx(ticks[-1] / (len(ticks) - 1))
     assert len({tick_text(tick) for tick in ticks}) == len(ticks)
+
+
+def test_a_sheet_is_one_file_with_all_charts_apart(tmp_path):
+    fabricated.write_stages(tmp_path, steps=100)
+    stage = read_stage(tmp_path / "stage1_5", "stage1_5")
+    assert stage is not None
+    charts = panels(stage)
+    sheet = ElementTree.fromstring(curve_sheet([("Stage <1>", charts), ("Stage 2", charts[:1])]))
+    inner = sheet.findall("{http://www.w3.org/2000/svg}svg")
+    corners = [(float(one.attrib["x"]), float(one.attrib["y"])) for one in inner]
+    assert len(set(corners)) == len(charts) + 1
+    width, height = map(float, sheet.attrib["viewBox"].split()[2:])
+    assert all(x + WIDTH <= width and y + HEIGHT <= height for x, y in corners)
+    assert "Stage <1>" in [text.text for text in sheet.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_lines_about_rejected_steps_are_no_points_of_a_curve(tmp_path):
+    fabricated.write_stages(tmp_path, steps=20)
+    path = tmp_path / "stage1" / "metrics.jsonl"
+    before = read_stage(path.parent, "stage1")
+    with path.open("a") as file:
+        file.write(json.dumps({"kind": "rejected", "step": 21, "steps": 1}) + "\n")
+        file.write(json.dumps({"kind": "went_back", "step": 21, "checkpoint": 8, "rejected": 2}) + "\n")
+    assert read_stage(path.parent, "stage1") == before

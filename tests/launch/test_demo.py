@@ -30,18 +30,19 @@ def test_held_out_scenes_go_through_the_released_format_and_its_reader(tmp_path)
         assert len(sample.regions) >= 2 and all(region.mask is not None for region in sample.regions)
 
 
-def test_no_recipe_trains_on_held_out_seeds():
+@pytest.mark.parametrize(("family", "watching"), [("demo", ["stage0", "stage1_5"]), ("long", ["stage0", "stage1_5"])])
+def test_no_recipe_trains_on_held_out_seeds(family, watching):
     from configs import registry
 
     evaluated = []
     for stage in demo.STAGES:
-        recipe = registry.get(f"tracevision_demo_{stage}")
+        recipe = registry.get(f"tracevision_{family}_{stage}")
         trained = {source.options["seed"] for source in recipe.data.sources}
         watched = {source.options["seed"] for source in recipe.evaluation.sources}
         assert max(trained) < 1_000_000 <= min(watched, default=1_000_000)
         assert demo.HELD_OUT_SEED not in watched and demo.HELD_OUT_SEED + 1 not in watched
         evaluated += [stage] * bool(watched)
-    assert evaluated == ["stage0", "stage1_5"], "the long ones"
+    assert evaluated == watching, "the stages of many steps"
 
 
 def test_the_demo_trains_evaluates_reports_and_continues(tmp_path, capsys):
