@@ -2,10 +2,10 @@
 
     tracevision demo --long --out runs/long
 
-Hardware: 2 CPU cores, about 40 minutes. Against the demo's own recipe it has three helps more (docs/architecture.md, "A
-place is looked up by its phrase"): a guided head, places of visual tokens with the released base of mRoPE, and
-trajectories that name where they go; and three times the steps, which these need: within 15 minutes they cost names and
-masks more than they bring.
+Hardware: 2 CPU cores, about 35 minutes when idle. Against the demo's own recipe it has three helps more
+(docs/architecture.md, "A place is looked up by its phrase"): a guided head, places of visual tokens with the released
+base of mRoPE, and trajectories that name where they go; and three times the steps, which these need: within 15 minutes
+they cost names and masks more than they bring.
 """
 
 import dataclasses

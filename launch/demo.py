@@ -38,7 +38,7 @@ class Args:
     length: float = 1.0
     """Steps of every stage, times this."""
     long: bool = False
-    """The longer recipe, whose model also finds what a phrase names: about 40 minutes on two cores instead of 15."""
+    """The longer recipe, whose model also finds what a phrase names: about 35 minutes on two idle cores, not 15."""
     samples: int = 200
     """Held-out scenes to evaluate on."""
 
