@@ -35,7 +35,7 @@ class TrainingData:
     records: Sequence[Any]
     """`data_loaders.pipeline.Records` of each source."""
     resources: Sequence[Any]
-    """Table of each source: (records, 6) integers, in the order of the fields of `Bucket`."""
+    """Table of each source: (records, sizes) integers, in the order of the buckets' fields."""
     make_row: Callable[[list[Any]], Any]
     """Records packed into a row -> the row."""
     collate: Callable[[list[Any], Any], Any]

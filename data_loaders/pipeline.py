@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 from data_loaders.plan import Plan, Record, rows_of_process
-from tracevision_jax.records.batch import Batch, Bucket
 from tracevision_jax.records.sample import BadRecord
+from tracevision_jax.systems.protocol import Batch, Bucket
 from tracevision_jax.training.source import BadRecordReport, StepBatch
 
 Row = Any
@@ -111,7 +111,7 @@ class Pipeline:
                 arrays = made["arrays"]
                 if copies:
                     arrays = {name: np.array(array) for name, array in arrays.items()}
-                batch = Batch(**arrays)
+                batch = made["kind"](**arrays)
                 yield StepBatch(planned.step, planned.epoch, planned.bucket, batch, made["bad"])
         finally:
             if hasattr(iterator, "close"):
@@ -160,7 +160,7 @@ class _StepMaker:
         bad: list[BadRecordReport] = []
         rows = [self._row(planned.step, records, bad) for records in share]
         batch = self._batch(planned.step, planned.bucket, rows, share, bad)
-        return {"step": planned.step, "arrays": dict(vars(batch)), "bad": tuple(bad)}
+        return {"step": planned.step, "kind": type(batch), "arrays": dict(vars(batch)), "bad": tuple(bad)}
 
     def _row(self, step: int, records: tuple[Record, ...], bad: list[BadRecordReport]) -> Row:
         """Lay a row out; records that cannot be read or laid out are left out of it and reported."""

@@ -4,10 +4,11 @@
     plan.steps_in(epochs=3)
     plan.step(12_345)     # PlannedStep(epoch, bucket, rows of records)
 
-A source's table has a line (tokens, frames, windows, conversations, points, masks) for each record, in the
-order of `Bucket`'s fields. Tokens, frames, conversations and masks of the records in a row add up; windows
-(of a frame) and points (of a conversation) are maxima. A record goes to the first bucket, smallest first,
-that holds it; records too long for all of them are left out and listed.
+A source's table has a line for each record, in the order of the buckets' fields. Of a `Bucket` these are (tokens,
+frames, windows, conversations, points, masks): tokens, frames, conversations and masks of the records in a row add up,
+windows (of a frame) and points (of a conversation) are maxima. Where nothing adds up, as in a `ClipBucket`, a row holds
+one record. A record goes to the first bucket, smallest first, that holds it; records too long for all of them are left
+out and listed.
 
 An epoch goes once through every record (`repetitions` times for sources that say so: the fraction is carried
 on, so that 0.5 is each record exactly once in two epochs). Its records are shuffled, packed into rows in that
@@ -23,17 +24,15 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.records.batch import Bucket
+from tracevision_jax.systems.protocol import Bucket
 
-SUMS = [0, 1, 3, 5]
-"""Columns that add up over the records of a row: tokens, frames, conversations, masks."""
 OPEN_ROWS = 32
 """Rows of a bucket that are filled side by side; more packs tighter and plans more slowly."""
 KEPT_EPOCHS = 2
@@ -47,8 +46,8 @@ class Lengths:
     """What the plan knows of a source."""
 
     name: str
-    resources: Int[np.ndarray, "records 6"]
-    """What each record takes of a `Bucket`, in the order of its fields."""
+    resources: Int[np.ndarray, "records sizes"]
+    """What each record takes of a bucket, in the order of its fields."""
     repetitions: float = 1.0
     """How often an epoch goes through it."""
 
@@ -99,7 +98,9 @@ class Plan:
         order = sorted(range(len(self.buckets)), key=lambda b: self.buckets[b])
         self.buckets = [self.buckets[b] for b in order]
         self.rows = [self.rows[b] for b in order]
-        self._limits = np.array([_sizes(bucket) for bucket in self.buckets], np.int64)
+        names = [size.name for size in fields(self.buckets[0])]
+        self._sums = [column for column, name in enumerate(names) if name in self.buckets[0].adds_up]
+        self._limits = np.array([astuple(bucket) for bucket in self.buckets], np.int64)
         self._bucket_of = [_assign(source.resources, self._limits) for source in self.sources]
         self.too_long = tuple(
             (number, int(record))
@@ -110,7 +111,7 @@ class Plan:
             longest = ", ".join(str(s.resources.max(0).tolist()) for s in self.sources if len(s.resources))
             raise UserError(
                 f"No record fits any bucket: the largest take {longest or 'nothing (there are no records)'} "
-                f"(tokens, frames, windows, conversations, points, masks); the last bucket is "
+                f"({', '.join(names)}); the last bucket is "
                 f"{self.buckets[-1]}."
             )
         self.fingerprint = self._hash()
@@ -176,23 +177,24 @@ class Plan:
             chosen = epoch.batch_bucket == index
             rows = int(epoch.batch_rows[chosen].sum())
             if rows:
-                tokens = self._tokens(epoch, index)
-                lines.append(
-                    f"bucket of {bucket}: {int(chosen.sum()):,} batches of {self.rows[index]} rows, tokens "
-                    f"{tokens / (rows * bucket.tokens):.0%} full"
-                )
+                line = f"bucket of {bucket}: {int(chosen.sum()):,} batches of {self.rows[index]} rows"
+                if self._sums:
+                    column = self._sums[0]
+                    share = self._taken(epoch, index, column) / (rows * self._limits[index][column])
+                    line += f", {bucket.adds_up[0]} {share:.0%} full"
+                lines.append(line)
         if self.too_long:
             some = ", ".join(f"{self.sources[s].name}[{r}]" for s, r in self.too_long[:listed])
             more = ", ..." if len(self.too_long) > listed else ""
             lines.append(f"left out, too long for every bucket: {len(self.too_long):,} records ({some}{more})")
         return "\n".join(lines)
 
-    def _tokens(self, epoch: EpochPlan, bucket: int) -> int:
+    def _taken(self, epoch: EpochPlan, bucket: int, column: int) -> int:
         total = 0
         for number, source in enumerate(self.sources):
             records = epoch.records[epoch.records[:, 0] == number, 1]
             inside = self._bucket_of[number][records] == bucket
-            total += int(source.resources[records[inside], 0].sum())
+            total += int(source.resources[records[inside], column].sum())
         return total
 
     def _hash(self) -> str:
@@ -220,7 +222,7 @@ class Plan:
         sources = np.concatenate([np.full(len(records), s) for s, records in enumerate(drawn)])
         records = np.stack([sources, np.concatenate(drawn)], axis=1).astype(np.int64)
         records = records[_generator(self.seed, 2, number).permutation(len(records))]
-        resources = np.zeros((len(records), 6), np.int64)
+        resources = np.zeros((len(records), self._limits.shape[1]), np.int64)
         bucket_of = np.zeros(len(records), np.int64)
         for s, source in enumerate(self.sources):
             mine = records[:, 0] == s
@@ -230,7 +232,7 @@ class Plan:
         placed, row_lengths, first_row, batch_rows, batch_bucket = [], [], [], [], []
         for bucket in range(len(self.buckets)):
             members = np.flatnonzero(bucket_of == bucket)
-            row_of = pack(resources[members][:, SUMS], self._limits[bucket][SUMS])
+            row_of = pack(resources[members][:, self._sums], self._limits[bucket][self._sums])
             count = int(row_of.max()) + 1 if len(members) else 0
             placed.append(records[members[np.argsort(row_of, kind="stable")]])
             starts = np.arange(0, count, self.rows[bucket])
@@ -251,9 +253,10 @@ class Plan:
 def pack(sizes: Int[np.ndarray, "records kinds"], limits: Int[np.ndarray, "kinds"]) -> Int[np.ndarray, "records"]:
     """Row of each record: the first open row with room, else a new one in place of the fullest.
 
-    Every record must fit an empty row. Rows are numbered in the order in which they are opened.
+    Every record must fit an empty row. Rows are numbered in the order in which they are opened. Where no size adds up,
+    each record has a row of its own.
     """
-    if len(sizes) and (2 * sizes.min(0) > limits).any():
+    if not len(limits) or (len(sizes) and (2 * sizes.min(0) > limits).any()):
         return np.arange(len(sizes))
     free = np.zeros((OPEN_ROWS, len(limits)), np.int64)
     names = np.full(OPEN_ROWS, -1)
@@ -285,19 +288,8 @@ def repetitions_of(weights: Sequence[float | int], records: Sequence[int]) -> li
     return [weight / mass * total / count for weight, count in zip(weights, records, strict=True)]
 
 
-def _sizes(bucket: Bucket) -> tuple[int, ...]:
-    return (
-        bucket.tokens,
-        bucket.frames,
-        bucket.windows,
-        bucket.conversations,
-        bucket.points,
-        bucket.masks,
-    )
-
-
 def _assign(
-    resources: Int[np.ndarray, "records 6"], limits: Int[np.ndarray, "buckets 6"]
+    resources: Int[np.ndarray, "records sizes"], limits: Int[np.ndarray, "buckets sizes"]
 ) -> Int[np.ndarray, "records"]:
     """First bucket that holds each record, -1 for none."""
     bucket_of = np.full(len(resources), -1)

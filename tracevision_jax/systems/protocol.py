@@ -9,11 +9,19 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from tracevision_jax.records.batch import Batch, Bucket
-
 Params = Any
 State = Any
 Scalars = dict[str, jax.Array]
+Batch = Any
+"""The system's own kind of batch: a pytree of arrays whose first axis is rows, such as `records.batch.Batch`.
+
+`batch.filled` marks what is no padding: tokens, or whatever the log counts instead.
+"""
+Bucket = Any
+"""Static sizes of that kind of batch, a frozen dataclass of whole numbers, such as `records.batch.Bucket`.
+
+`bucket.adds_up` names the fields of which the records in a row have the sum; with none, a row holds one record.
+"""
 
 
 @runtime_checkable

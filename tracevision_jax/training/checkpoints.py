@@ -54,9 +54,12 @@ class Checkpoints:
         """Directory of a step's checkpoint."""
         return self.directory / f"step_{step:08d}"
 
-    def latest(self) -> int | None:
-        """Step of the newest checkpoint whose files are as they were written; damaged ones are put aside."""
-        for step in reversed(self.steps()):
+    def latest(self, until: int | None = None) -> int | None:
+        """Step of the newest checkpoint, of none after `until`, whose files are as they were written.
+
+        Damaged ones are put aside.
+        """
+        for step in reversed([step for step in self.steps() if until is None or step <= until]):
             damage = hashes.faults(self.path(step))
             if not damage:
                 return step

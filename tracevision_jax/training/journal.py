@@ -36,6 +36,8 @@ class Interval:
     seconds: float = 0.0
     waiting: float = 0.0
     tokens: int = 0
+    rejected: int = 0
+    """Steps that changed nothing, see `stability.py`; they count in no mean."""
     loss: float = 0.0
     sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     weights: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -46,6 +48,9 @@ class Interval:
         self.seconds += seconds
         self.waiting += waiting
         self.tokens += int(metrics["tokens"])
+        if metrics["rejected"]:
+            self.rejected += 1
+            return
         self.loss += float(metrics["loss"])
         for name, value in metrics["parts"].items():
             weight = float(metrics["weights"][name])
@@ -149,12 +154,17 @@ class Journal:
         if step % self.log_every and step != self.steps:
             return
         interval, self.interval = self.interval, Interval()
+        if interval.rejected == interval.steps:
+            self.metrics_file.write(json.dumps({"kind": "rejected", "step": step, "steps": interval.steps}) + "\n")
+            self.say(f"step {step}: rejected, as all since the line before")
+            return
         line = {
             "kind": "train",
             "step": step,
             "epoch": epoch,
-            "loss": interval.loss / interval.steps,
+            "loss": interval.loss / (interval.steps - interval.rejected),
             "parts": interval.parts(),
+            "rejected": interval.rejected,
             "gradient_norm": float(metrics["gradient_norm"]),
             "learning_rate": float(metrics["learning_rate"]),
             "tokens": self.before["tokens"] + self.total.tokens,
@@ -179,6 +189,7 @@ class Journal:
             f"{line['tokens_per_second']:,.0f} tok/s  {line['step_seconds']:.3f} s/step  "
             f"ETA {duration((self.steps - line['step']) * (self.rate or 0.0))}"
         )
+        text += f"  rejected {line['rejected']}" if line["rejected"] else ""
         return text + (f"  input {line['input_share']:.0%}" if line["input_share"] > 0.2 else "")
 
     def evaluation(self, step: int, name: str, values: Mapping[str, Any], seconds: float) -> None:
@@ -194,6 +205,15 @@ class Journal:
         self.metrics_file.write(json.dumps(line) + "\n")
         shown = "  ".join(f"{key} {value:.4f}" for key, value in numbers.items())
         self.say(f"evaluation '{name}' at step {step} ({duration(seconds)}): {shown}")
+
+    def went_back(self, now: int, step: int, rejected: int) -> None:
+        """Write down that the run goes on from an earlier checkpoint, with the data after the steps it lost."""
+        line = {"kind": "went_back", "step": now, "checkpoint": step, "rejected": rejected}
+        self.metrics_file.write(json.dumps(line) + "\n")
+        self.say(
+            f"{rejected} steps in a row were rejected: back to the parameters of step {step}, on with the data of step "
+            f"{now + 1}; what steps {step + 1} to {now} learned is lost, their data are not repeated."
+        )
 
     def bad(self, reports: Iterable[BadRecordReport]) -> None:
         """Write down records that became empty slots; the first of each reason is shown."""
@@ -225,6 +245,8 @@ class Journal:
             table.add_row(name, f"{value:.4f}" + (f" (at first {first[name]:.4f})" if name in first else ""))
         for name, numbers in self.evaluations.items():
             table.add_row(f"evaluation {name}", ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        if total.rejected:
+            table.add_row("rejected steps", f"{total.rejected} (not finite, or a spike)")
         for reason, count in self.bad_reasons.most_common(5):
             table.add_row("skipped records", f"{count}: {reason}")
         table.add_row("checkpoints", checkpoint)

@@ -10,7 +10,7 @@ The host waits for a step only after it has sent the next one to the device.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from tracevision_jax.training.optimizer import learning_rate_schedule, make_opti
 from tracevision_jax.training.parameters import count, merge, split_for_stage
 from tracevision_jax.training.recipe import TrainRecipe, check, differences
 from tracevision_jax.training.source import BatchSource, StepBatch
+from tracevision_jax.training.stability import healthy
 from tracevision_jax.training.step import TrainState, create_state, make_train_step, state_shardings
 from tracevision_jax.weights.model_directory import is_model, save_model
 
@@ -41,6 +42,9 @@ Evaluator = Callable[[Params, int], Mapping[str, Any]]
 
 EMPTY_LIMIT = 20
 """So many batches in a row without one usable record end the run: the data cannot be read at all."""
+
+BACKS_LIMIT = 3
+"""So many times one start of a run goes back to a checkpoint; once more ends it."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +196,12 @@ def _train(
         run.optimizer,
         learning_rate_schedule(recipe.optimizer, steps),
         accumulation=recipe.accumulation,
+        stability=recipe.stability,
         mesh=run.mesh,
         state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
     )
-    clock = _Clock(journal)
-    empty, compiled, saved, evaluated, done = 0, set(), start if start else -1, -1, start
+    clock = _Clock(journal, int(state.health.rejected))
+    backs, empty, compiled, saved, evaluated, done = 0, 0, set(), start if start else -1, -1, start
     try:
         with Interruption() as interruption:
             for item, batch in on_device(run.source.batches(start), run.mesh, clock):
@@ -205,13 +210,25 @@ def _train(
                     compiled.add(item.bucket)
                     journal.say(f"compiling for rows of {item.bucket}")
                 journal.bad(item.bad)
-                empty = empty + 1 if not (item.batch.segments > 0).any() else 0
+                empty = empty + 1 if not item.batch.filled.any() else 0
                 if empty == EMPTY_LIMIT:
                     reason, _ = (journal.bad_reasons.most_common(1) or [("no reason known", 0)])[0]
                     raise UserError(f"{empty} batches in a row held no usable record: {reason}.")
                 state, metrics = step_function(state, frozen, batch)
                 done = item.step + 1
                 clock.sent(done, item.epoch, metrics, new)
+                if clock.rejected:  # no step ahead while in trouble, so that a continued run goes back at the same one
+                    clock.drain()
+                if clock.rejected >= recipe.stability.patience:
+                    if backs == BACKS_LIMIT:
+                        raise UserError(
+                            f"The run went back {backs} times and is unstable again at step {done}; lower "
+                            "optimizer.learning_rate or look at the data."
+                        )
+                    backs += 1
+                    state, frozen = _go_back(checkpoints, state, frozen, clock.rejected, journal)
+                    clock.rejected = 0
+                    clock.restart()
                 if evaluators and recipe.evaluation.every and done % recipe.evaluation.every == 0:
                     clock.drain()
                     _evaluate(evaluators, state, frozen, done, journal)
@@ -242,6 +259,34 @@ def _train(
         journal.close()
 
 
+def _go_back(
+    checkpoints: Checkpoints, state: TrainState, frozen: Params, rejected: int, journal: Journal
+) -> tuple[TrainState, Params]:
+    """The state of the newest checkpoint from before the rejected steps, with the step number, and so the data, of now.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    now = int(state.step)
+    checkpoints.wait()
+    step = checkpoints.latest(until=now - rejected)
+    if step is None:
+        raise UserError(
+            f"The last {rejected} steps up to step {now} were rejected (loss or gradients not finite, or a spike), and "
+            "there is no checkpoint from before them to go back to; lower optimizer.learning_rate, or save more often "
+            "(checkpoint.every)."
+        )
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        {"state": state, "frozen": frozen},
+    )
+    number, health = state.step, healthy()
+    found = checkpoints.restore(shapes, step)
+    health = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), health, state.health)
+    journal.went_back(now, step, rejected)
+    return replace(found["state"], step=number, health=health), found["frozen"]
+
+
 def _evaluate(
     evaluators: Mapping[str, Evaluator], state: TrainState, frozen: Params, step: int, journal: Journal
 ) -> None:
@@ -253,10 +298,13 @@ def _evaluate(
 
 
 class _Clock:
-    """Hands finished steps to the journal, one step late, with the time each took and waited for data."""
+    """Hands finished steps to the journal, one step late, with the time each took and waited for data.
 
-    def __init__(self, journal: Journal):
-        self.journal = journal
+    `rejected` is how many steps in a row were rejected, up to the last finished one.
+    """
+
+    def __init__(self, journal: Journal, rejected: int):
+        self.journal, self.rejected = journal, rejected
         self.pending: list[tuple[int, int, Any, float, bool]] = []
         self.waited = 0.0
         self.last = time.perf_counter()
@@ -280,6 +328,7 @@ class _Clock:
     def _finish(self) -> None:
         step, epoch, metrics, waited, compiled = self.pending.pop(0)
         values = jax.device_get(metrics)
+        self.rejected = int(values["rejected"])
         now = time.perf_counter()
         self.journal.step(step, epoch, values, now - self.last, min(waited, now - self.last), compiled)
         self.last = now

@@ -22,10 +22,12 @@ Schedule = Callable[[Any], jax.Array]
 
 ADAM_UPDATE_SIZE = 0.2
 """Root mean square of AdamW's updates over its learning rate, measured in arXiv:2502.16982; Muon's are scaled to it."""
-STACKS = ("layers", "groups", "window")
+STACKS = ("layers", "groups", "window", "output_hypernetworks_mlps")
 """Modules whose parameters are stacked along a leading axis."""
 NO_MATRICES = ("head", "upsample", "neck_out")
 """How modules begin whose kernels stay with Adam: the vocabulary's, and those of convolutions."""
+CONVOLUTION_AXES = 4
+"""Axes of a convolution's kernel, which is no matrix: rows, columns, in, out."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ def matrix_axes(path: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | No
     first = sum(part in STACKS for part in path.split("/"))
     if owner == "qkv":
         return optax.contrib.MuonDimensionNumbers((first,), (first + 2, first + 3))
-    if owner in ("o", "proj"):
+    if ndim - first == CONVOLUTION_AXES:
+        return None
+    if owner in ("o", "proj", "o_proj"):
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, ndim - 1)), (ndim - 1,))
     return optax.contrib.MuonDimensionNumbers((first,), tuple(range(first + 1, ndim)))
 

@@ -26,8 +26,8 @@ from typing import Any
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.mesh import MeshConfig
-from tracevision_jax.records.batch import Bucket
 from tracevision_jax.training.optimizer import OptimizerConfig
+from tracevision_jax.training.stability import StabilityConfig
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ class TrainRecipe:
     stage: str = ""
     """Which parameters are trained: a stage of the system."""
     data: DataConfig = DataConfig()
-    buckets: tuple[Bucket, ...] = ()
-    """Shapes of rows; one program is compiled for each that the data uses."""
+    buckets: tuple[Any, ...] = ()
+    """Shapes of rows, as the system names them (`Bucket`, `ClipBucket`); one program is compiled for each that the data
+    uses."""
     rows: tuple[int, ...] = (8,)
     """Rows of a global batch for each bucket, or one number for all."""
     accumulation: int = 1
@@ -109,6 +110,7 @@ class TrainRecipe:
     seed: int = 0
     """Seed of fresh parameters and of the step's randomness."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    stability: StabilityConfig = StabilityConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -152,6 +154,8 @@ def check(recipe: TrainRecipe) -> None:
         faults.append("rows must be positive")
     if recipe.log_every < 1 or recipe.checkpoint.keep < 1:
         faults.append("log_every and checkpoint.keep must be at least 1")
+    if recipe.stability.patience < 2 or recipe.stability.spike < 0:
+        faults.append("stability.patience must be at least 2 and stability.spike not negative")
     if any(entry.repetitions <= 0 for entry in recipe.data.sources):
         faults.append("repetitions of a source must be positive")
     if faults:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from tracevision_jax.records.batch import Batch, Bucket
+from tracevision_jax.systems.protocol import Batch, Bucket
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from tracevision_jax.parallel.rules import ACTIVATIONS
 from tracevision_jax.systems.protocol import Params, Scalars, State, System
 from tracevision_jax.training.optimizer import Schedule
 from tracevision_jax.training.parameters import flatten, merge, split_for_stage
+from tracevision_jax.training.stability import DEFAULT, Health, StabilityConfig, choose, healthy, judge
 
 Metrics = dict[str, Any]
 
@@ -43,6 +44,7 @@ class TrainState:
     optimizer: optax.OptState
     system: State
     """What the system keeps between steps."""
+    health: Health
     rng: UInt32[Array, "words"]
     """Key data of the run; each step folds its number in."""
 
@@ -60,6 +62,7 @@ def create_state(
         trained=trained,
         optimizer=optimizer.init(trained),
         system=system.init_state(),
+        health=healthy(),
         rng=jax.random.key_data(jax.random.key(seed)),
     )
     return state, frozen
@@ -71,15 +74,16 @@ def make_train_step(
     schedule: Schedule,
     *,
     accumulation: int = 1,
+    stability: StabilityConfig = DEFAULT,
     mesh: Mesh | None = None,
     state_shardings: Any = None,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
     """Return the jitted `step(state, frozen, batch) -> (state, metrics)`.
 
     `accumulation` microbatches share one update; it must divide the rows of a batch. On a mesh, activations
-    follow `parallel.rules.ACTIVATIONS`, and the new state is laid out as `state_shardings`. Metrics: "loss",
-    "parts" and "weights" (value and weight of every loss part), "gradient_norm" (before clipping),
-    "learning_rate", "tokens" (not padding).
+    follow `parallel.rules.ACTIVATIONS`, and the new state is laid out as `state_shardings`. A step that `stability`
+    rejects changes only its number. Metrics: "loss", "parts" and "weights" (value and weight of every loss part),
+    "gradient_norm" (before clipping), "learning_rate", "tokens" (not padding), "rejected" (steps in a row).
     """
 
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
@@ -87,19 +91,23 @@ def make_train_step(
         with activation_sharding(mesh, ACTIVATIONS) if mesh else contextlib.nullcontext():
             gradient, sums, weights, system_state = _gradient(system, state, frozen, batch, rng, accumulation)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
+        loss, norm = total_loss(system.coefficients, sums, weights), optax.tree.norm(gradient)
+        accepted, health = judge(state.health, loss, norm, stability)
         metrics = {
-            "loss": total_loss(system.coefficients, sums, weights),
+            "loss": loss,
             "parts": part_values(sums, weights),
             "weights": weights,
-            "gradient_norm": optax.tree.norm(gradient),
+            "gradient_norm": norm,
             "learning_rate": schedule(state.step),
-            "tokens": jnp.sum(batch.segments > 0),
+            "tokens": jnp.sum(batch.filled),
+            "rejected": health.rejected,
         }
         new_state = TrainState(
             step=state.step + 1,
-            trained=optax.apply_updates(state.trained, updates),
-            optimizer=optimizer_state,
-            system=system_state,
+            trained=choose(accepted, optax.apply_updates(state.trained, updates), state.trained),
+            optimizer=choose(accepted, optimizer_state, state.optimizer),
+            system=choose(accepted, system_state, state.system),
+            health=health,
             rng=state.rng,
         )
         return new_state, metrics
@@ -204,5 +212,6 @@ def state_shardings(shapes: TrainState, trained: Any, mesh: Mesh) -> TrainState:
         trained=trained,
         optimizer=jax.tree_util.tree_map_with_path(place_of, shapes.optimizer),
         system=jax.tree.map(lambda _: whole, shapes.system),
+        health=jax.tree.map(lambda _: whole, shapes.health),
         rng=whole,
     )
