@@ -318,7 +318,3 @@ def largest_error(ours: Float[np.ndarray, "_ _"], theirs: Float[np.ndarray, "_ _
     size = np.linalg.norm(theirs.astype(np.float64), axis=1)
     usual = float(np.sqrt(np.mean(size**2)))
     return float(np.max(difference / np.maximum(size, 1e-3 * usual + 1e-30)))
-
-
-VERIFIERS: dict[str, Callable[..., list[StageError]]] = {"qwen2_5_vl": verify_qwen25vl}
-"""Family -> how it is compared."""

@@ -1,6 +1,7 @@
 """`tracevision convert`: PyTorch checkpoints to ours and back, or a trained host to PyTorch."""
 
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,24 +25,32 @@ class Args:
     """Convert a checkpoint; which way is told by what --from holds.
 
       a Hugging Face directory (safetensors, .bin or .pt)   -> ours
+      SAM's or SAM 2's own file (.pth, .pt)                 -> ours
       ours, as this command wrote it                        -> a directory that transformers loads
-      a trained TraceVision (runs/NAME/model)               -> its host, added tokens merged, for transformers
+      a trained TraceVision or SAM 2 (runs/NAME/model)      -> its host, added tokens merged, for transformers
 
-    Names, shapes and files are checked first, and everything that is wrong is listed at once. The result appears whole
-    or not at all. Weights stream through: memory for one tensor is enough.
+    Family, layout and size are recognised. Names, shapes and files are checked first, and everything that is wrong is
+    listed at once. The result appears whole or not at all. Weights stream through: memory for one tensor is enough.
+    Of PyTorch files tensors alone are read; one that would run code is refused.
 
     Examples:
       tracevision convert --from Qwen2.5-VL-7B-Instruct --to checkpoints/qwen7b --verify
       tracevision convert --from checkpoints/qwen7b --to exported --dtype bfloat16
+      tracevision convert --from sam2.1_hiera_tiny.pt --to checkpoints/sam2_tiny --verify
+      tracevision convert --from checkpoints/sam2_tiny --to exported --layout original
     """
 
     source: Annotated[Path, tyro.conf.arg(name="from")]
-    """The checkpoint, a directory."""
+    """The checkpoint, a directory or a PyTorch file."""
     to: Path
     """The directory to write."""
+    layout: Literal["hugging_face", "original"] = "hugging_face"
+    """Of what is written from ours: a directory for transformers, or a file with the names of the model's authors (SAM,
+    SAM 2)."""
     verify: bool = False
     """Afterwards run both implementations on the same prompt, pictures included, and print the largest relative error
-    of every stage; exit with 1 if one is beyond 1e-4. Needs torch, and memory for the model in float32."""
+    of every stage; exit with 1 if one is beyond 1e-4. Needs torch, and memory for the model in float32. Transformers
+    reads no file of SAM's authors: of one it is given the weights as ours exports them."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the written weights; as they are by default."""
     overwrite: bool = False
@@ -68,8 +77,8 @@ def run(args: Args) -> int:
 
         require_torch()
     check_places(args.source, args.to, args.overwrite)
-    if not args.source.is_dir():
-        raise UserError(f"--from {args.source} is no directory")
+    if not args.source.exists():
+        raise UserError(f"--from {args.source} is no directory and no file")
     console = Console(stderr=True)
     conversion, reference, ours = plan(args)
     with ended_by_termination(), progress_bar(console, conversion) as progress:
@@ -79,25 +88,53 @@ def run(args: Args) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    return compare(console, reference, ours) if args.verify else 0
+    if not args.verify:
+        return 0
+    if reference is not None:
+        return compare(console, reference, ours)
+    with tempfile.TemporaryDirectory(dir=args.to.absolute().parent, prefix=".verify-") as folder:
+        reference = Path(folder) / "reference"
+        export(ours, reference).run()
+        return compare(console, reference, ours)
 
 
-def plan(args: Args) -> tuple["Conversion", Path, Path]:
-    """The conversion, and which directories are Hugging Face's and ours when it is done.
+def plan(args: Args) -> tuple["Conversion", Path | None, Path]:
+    """The conversion, and which directories are Hugging Face's, if one is, and ours when it is done.
 
     Raises:
         UserError: the source cannot be converted.
     """
     from tracevision_jax.weights import model_directory
-    from tracevision_jax.weights.conversion import model_to_hugging_face, to_hugging_face, to_native
+    from tracevision_jax.weights.conversion import to_native
     from tracevision_jax.weights.families import recognise
 
-    if model_directory.is_model(args.source):
-        return model_to_hugging_face(args.source, args.to, args.dtype), args.to, args.source
-    found = recognise(args.source)
-    if found.native:
-        return to_hugging_face(args.source, args.to, found.family, args.dtype), args.to, args.source
-    return to_native(args.source, args.to, found.family, args.dtype), args.source, args.to
+    if not model_directory.is_model(args.source):
+        found = recognise(args.source)
+        if not found.native:
+            if args.layout != "hugging_face":
+                raise UserError(f"--layout {args.layout} is for what is written from ours: convert {args.source} first")
+            conversion = to_native(args.source, args.to, found.family, args.dtype)
+            return conversion, args.source if found.layout == "hugging_face" else None, args.to
+    reference = args.to if args.layout == "hugging_face" else None
+    return export(args.source, args.to, args.dtype, args.layout), reference, args.source
+
+
+def export(
+    source: Path, target: Path, dtype: str | None = None, layout: Literal["hugging_face", "original"] = "hugging_face"
+) -> "Conversion":
+    """From ours, converted or trained, to PyTorch.
+
+    Raises:
+        UserError: the source cannot be converted.
+    """
+    from tracevision_jax.weights import model_directory
+    from tracevision_jax.weights.conversion import model_to_pytorch, to_hugging_face, to_original
+    from tracevision_jax.weights.families import recognise
+
+    if model_directory.is_model(source):
+        return model_to_pytorch(source, target, dtype, layout)
+    convert = to_hugging_face if layout == "hugging_face" else to_original
+    return convert(source, target, recognise(source).family, dtype)
 
 
 @contextmanager
@@ -149,7 +186,7 @@ def compare(console: "Console", reference: Path, ours: Path) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from evaluation.verify import VERIFIERS
+    from evaluation.verifiers import VERIFIERS
     from tracevision_jax.weights.conversion import read_host_config, read_host_params
     from tracevision_jax.weights.families import recognise
 

@@ -1,14 +1,13 @@
 """The references of everything after SAM's image encoders: small models of `transformers` with drawn weights.
 
-`table(heads)` says, in the rules of `weights.engine`, how a state dictionary of `transformers` becomes our
-parameters; `tree_of` applies it, and fails on a tensor that it leaves over.
+`table(heads)` are the rules of `weights` by which a state dictionary of `transformers` becomes our parameters;
+`tree_of` applies them, and fails on a tensor that they leave over.
 
 Weights are drawn so that rounding errors do not grow: matrices with standard deviation 1/sqrt(fan in), norm scales
 1 +- 0.3, biases 0.1, tokens and embeddings 1.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,7 +28,8 @@ from tracevision_jax.segmentation.sam_config import (
     PromptEncoderConfig,
     hugging_face,
 )
-from tracevision_jax.weights.engine import Rule, Table, flatten, unflatten
+from tracevision_jax.weights.engine import Table, flatten, unflatten
+from tracevision_jax.weights.sam_heads_rules import heads_rules
 
 GRID, STRIDE, WIDTH = 8, 16, 128
 """Of the small models; `transformers` wants memories 64 wide, and pointers are to be cut in two."""
@@ -184,198 +184,7 @@ def tree_of(table: Table, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def table(heads: HeadsConfig) -> Table:
     """All tensors of these heads."""
-    prompts, decoder, memory = heads.prompts, heads.decoder, heads.memory
-    sizes = {
-        "one": 1,
-        "uno": 1,
-        "width": prompts.width,
-        "input": prompts.width,
-        "half": prompts.width // 2,
-        "pair": 2,
-        "kinds": 4,
-        "row": 2,
-        "column": 2,
-        "few": prompts.mask_channels // 4,
-        "channels": prompts.mask_channels,
-        "heads": decoder.heads,
-        "head_dim": decoder.width // decoder.heads,
-        "half_dim": decoder.width // decoder.heads // 2,
-        "mlp": decoder.mlp_width,
-        "quarter": decoder.width // 4,
-        "eighth": decoder.width // 8,
-        "iou": decoder.iou_hidden,
-        "iou_in": decoder.iou_hidden,
-        "masks": decoder.several + 1,
-    }
-    rules = [*_prompt_rules(memory is None), *_decoder_rules(decoder, memory is None)]
-    if memory is not None:
-        sizes |= {
-            "memory": memory.memory_width,
-            "times": memory.frames,
-            "hidden": memory.fuser_hidden,
-            "inner": memory.mlp_width,
-            "top": memory.fuser_kernel,
-            "left": memory.fuser_kernel,
-            "three": 3,
-            "tres": 3,
-            "four": 4,
-            "quattro": 4,
-            **{f"level{index}": 4**index for index in range(9)},
-        }
-        rules += [*_memory_encoder_rules(memory), *_conditioning_rules(memory), *_pointer_rules()]
-    return Table(rules, sizes)
-
-
-def _linear(theirs: str, ours: str, out: str, inner: str, layers: Any = None) -> Iterator[Rule]:
-    more = {} if layers is None else {"layers": layers}
-    yield Rule(f"{theirs}.weight", f"{ours}/kernel", f"{out} {inner} -> {inner} {out}", **more)
-    yield Rule(f"{theirs}.bias", f"{ours}/bias", f"{out} -> {out}", **more)
-
-
-def _pointwise(theirs: str, ours: str, out: str, inner: str) -> Iterator[Rule]:
-    yield Rule(f"{theirs}.weight", f"{ours}/kernel", f"{out} {inner} one uno -> ({inner} one uno) {out}")
-    yield Rule(f"{theirs}.bias", f"{ours}/bias", f"{out} -> {out}")
-
-
-def _conv(theirs: str, ours: str, out: str, inner: str, row: str, column: str) -> Iterator[Rule]:
-    yield Rule(f"{theirs}.weight", f"{ours}/kernel", f"{out} {inner} {row} {column} -> {row} {column} {inner} {out}")
-    yield Rule(f"{theirs}.bias", f"{ours}/bias", f"{out} -> {out}")
-
-
-def _norm(theirs: str, ours: str, axis: str, layers: Any = None) -> Iterator[Rule]:
-    more = {} if layers is None else {"layers": layers}
-    yield Rule(f"{theirs}.weight", f"{ours}/scale", f"{axis} -> {axis}", **more)
-    yield Rule(f"{theirs}.bias", f"{ours}/bias", f"{axis} -> {axis}", **more)
-
-
-def _mlp(theirs: str, ours: str, axes: tuple[str, str, str, str], layers: Any = None) -> Iterator[Rule]:
-    """Three linear maps, `axes` being those of the input, inside (twice) and of the output."""
-    first, hidden, again, last = axes
-    yield from _linear(f"{theirs}.proj_in", f"{ours}/proj_in", hidden, first, layers)
-    yield from _linear(f"{theirs}.layers.0", f"{ours}/layers_0", again, hidden, layers)
-    yield from _linear(f"{theirs}.proj_out", f"{ours}/proj_out", last, again, layers)
-
-
-def _prompt_rules(first_generation: bool) -> Iterator[Rule]:
-    p, ours = "prompt_encoder.", "prompt_encoder/"
-    name = "shared_embedding.positional_embedding"
-    yield Rule(p + name, ours + name.replace(".", "/"), "pair half -> pair half")
-    if first_generation:
-        places = {(index,): (index,) for index in range(4)}
-        yield Rule(p + "point_embed.{}.weight", ours + "point_embed", "one width -> (one width)", places)
-    else:
-        yield Rule(p + "point_embed.weight", ours + "point_embed", "kinds width -> kinds width")
-    for name in ("not_a_point_embed", "no_mask_embed"):
-        yield Rule(f"{p}{name}.weight", ours + name, "one width -> one width")
-    yield from _conv(p + "mask_embed.conv1", ours + "mask_embed/conv1", "few", "one", "row", "column")
-    yield from _conv(p + "mask_embed.conv2", ours + "mask_embed/conv2", "channels", "few", "row", "column")
-    yield from _pointwise(p + "mask_embed.conv3", ours + "mask_embed/conv3", "width", "channels")
-    yield from _norm(p + "mask_embed.layer_norm1", ours + "mask_embed/layer_norm1", "few")
-    yield from _norm(p + "mask_embed.layer_norm2", ours + "mask_embed/layer_norm2", "channels")
-
-
-def _decoder_rules(config: MaskDecoderConfig, first_generation: bool) -> Iterator[Rule]:
-    p, ours = "mask_decoder.", "mask_decoder/"
-    out_proj, mlp = ("out_proj", ("lin1", "lin2")) if first_generation else ("o_proj", ("proj_in", "proj_out"))
-
-    def attention(theirs: str, name: str, dim: str) -> Iterator[Rule]:
-        for letter in "qkv":
-            yield Rule(
-                f"{theirs}.{letter}_proj.weight", f"{name}/{letter}/kernel", f"(heads {dim}) width -> width heads {dim}"
-            )
-            yield Rule(f"{theirs}.{letter}_proj.bias", f"{name}/{letter}/bias", f"(heads {dim}) -> heads {dim}")
-        yield Rule(f"{theirs}.{out_proj}.weight", f"{name}/o/kernel", f"width (heads {dim}) -> heads {dim} width")
-        yield Rule(f"{theirs}.{out_proj}.bias", f"{name}/o/bias", "width -> width")
-
-    for index in range(config.layers):
-        block, name = f"{p}transformer.layers.{index}.", f"{ours}transformer/block_{index}/"
-        yield from attention(block + "self_attn", name + "self", "head_dim")
-        yield from attention(block + "cross_attn_token_to_image", name + "to_image", "half_dim")
-        yield from attention(block + "cross_attn_image_to_token", name + "to_tokens", "half_dim")
-        yield from _linear(f"{block}mlp.{mlp[0]}", name + "mlp_in", "mlp", "width")
-        yield from _linear(f"{block}mlp.{mlp[1]}", name + "mlp_out", "width", "mlp")
-        for number, norm in enumerate(("norm_self", "norm_to_image", "norm_mlp", "norm_to_tokens"), start=1):
-            yield from _norm(f"{block}layer_norm{number}", name + norm, "width")
-    yield from attention(p + "transformer.final_attn_token_to_image", ours + "transformer/last", "half_dim")
-    yield from _norm(p + "transformer.layer_norm_final_attn", ours + "transformer/norm_last", "width")
-    yield Rule(p + "iou_token.weight", ours + "iou_token", "one width -> one width")
-    yield Rule(p + "mask_tokens.weight", ours + "mask_tokens", "masks width -> masks width")
-    for name, out, inner in (("upscale_conv1", "quarter", "width"), ("upscale_conv2", "eighth", "quarter")):
-        yield Rule(f"{p}{name}.weight", f"{ours}{name}/kernel", f"{inner} {out} row column -> row column {inner} {out}")
-        yield Rule(f"{p}{name}.bias", f"{ours}{name}/bias", f"{out} -> {out}")
-    yield from _norm(p + "upscale_layer_norm", ours + "upscale_layer_norm", "quarter")
-    masks = {(index,): (index,) for index in range(config.several + 1)}
-    name = "output_hypernetworks_mlps"
-    yield from _mlp(f"{p}{name}.{{}}", ours + name, ("input", "width", "input", "eighth"), masks)
-    name = "iou_prediction_head"
-    yield from _mlp(p + name, ours + name, ("width", "iou", "iou_in", "masks"))
-    if config.object_score:
-        yield Rule(p + "obj_score_token.weight", ours + "obj_score_token", "one width -> one width")
-        name = "pred_obj_score_head"
-        yield from _mlp(p + name, ours + name, ("input", "width", "input", "one"))
-    if config.high_resolution:
-        yield from _pointwise(p + "conv_s0", "high_resolution/conv_s0", "eighth", "width")
-        yield from _pointwise(p + "conv_s1", "high_resolution/conv_s1", "quarter", "width")
-
-
-def _memory_encoder_rules(config: MemoryConfig) -> Iterator[Rule]:
-    p, ours = "memory_encoder.", "memory_encoder/"
-    halvings = round(math.log2(config.mask_stride))
-    for index in range(halvings):
-        theirs, name = f"{p}mask_downsampler.layers.{index}.", f"{ours}mask_downsampler/layers_{index}_"
-        yield from _conv(theirs + "conv", name + "conv", f"level{index + 1}", f"level{index}", "three", "tres")
-        yield from _norm(theirs + "layer_norm", name + "layer_norm", f"level{index + 1}")
-    name = "mask_downsampler.final_conv"
-    yield from _pointwise(p + name, ours + name.replace(".", "/"), "width", f"level{halvings}")
-    yield from _pointwise(p + "feature_projection", ours + "feature_projection", "width", "input")
-    yield from _pointwise(p + "projection", ours + "projection", "memory", "width")
-    for index in range(config.fuser_layers):
-        theirs, name = f"{p}memory_fuser.layers.{index}.", f"{ours}memory_fuser_layers_{index}/"
-        yield from _conv(theirs + "depthwise_conv", name + "depthwise_conv", "width", "one", "top", "left")
-        yield from _norm(theirs + "layer_norm", name + "layer_norm", "width")
-        yield from _linear(theirs + "pointwise_conv1", name + "pointwise_conv1", "hidden", "width")
-        yield from _linear(theirs + "pointwise_conv2", name + "pointwise_conv2", "width", "hidden")
-        yield Rule(theirs + "scale", name + "scale", "width -> width")
-    if config.occlusion_embedding:
-        name = "occlusion_spatial_embedding_parameter"
-        yield Rule(name, ours + name, "one memory -> one memory")
-
-
-def _conditioning_rules(config: MemoryConfig) -> Iterator[Rule]:
-    ours = "memory_conditioning/"
-    for name in ("no_memory_embedding", "no_memory_positional_encoding"):
-        yield Rule(name, ours + name, "one uno width -> one uno width")
-    name = "memory_temporal_positional_encoding"
-    yield Rule(name, f"{ours}memory_embedding/{name}", "times one uno memory -> times (one uno memory)")
-    if config.pointer_times:
-        name = "temporal_positional_encoding_projection_layer"
-        yield from _linear(name, f"{ours}memory_embedding/{name}", "memory", "width")
-    layers = {(index,): (index,) for index in range(config.layers)}
-    theirs, name = "memory_attention.layers.{}.", ours + "memory_attention/layers/"
-    for attention, inner in (("self_attn", "input"), ("cross_attn_image", "memory")):
-        for letter, source in (("q", "input"), ("k", inner), ("v", inner)):
-            # Rotary turns neighbouring channels there, the halves of a head here.
-            torch, flax = ("(one width)", "one width") if letter == "v" else ("(one half pair)", "one (pair half)")
-            path = f"{name}{attention}/{letter}_proj"
-            more = f"{theirs}{attention}.{letter}_proj"
-            yield Rule(f"{more}.weight", f"{path}/kernel", f"{torch} {source} -> {source} {flax}", layers)
-            yield Rule(f"{more}.bias", f"{path}/bias", f"{torch} -> {flax}", layers)
-        path, more = f"{name}{attention}/o_proj", f"{theirs}{attention}.o_proj"
-        yield Rule(f"{more}.weight", f"{path}/kernel", "width (one input) -> one input width", layers)
-        yield Rule(f"{more}.bias", f"{path}/bias", "width -> width", layers)
-    yield from _linear(theirs + "linear1", name + "linear1", "inner", "width", layers)
-    yield from _linear(theirs + "linear2", name + "linear2", "width", "inner", layers)
-    for index in (1, 2, 3):
-        yield from _norm(f"{theirs}layer_norm{index}", f"{name}layer_norm{index}", "width", layers)
-    yield from _norm("memory_attention.layer_norm", ours + "memory_attention/layer_norm", "width")
-
-
-def _pointer_rules() -> Iterator[Rule]:
-    yield Rule("no_object_pointer", "object_pointer/no_object_pointer", "one width -> one width")
-    name = "object_pointer_proj"
-    axes = ("input", "width", "input", "width")
-    yield from _mlp(name, f"object_pointer/{name}", axes)
-    yield from _conv("mask_downsample", "mask_downsample/mask_downsample", "one", "uno", "four", "quattro")
+    return Table(*heads_rules(heads))
 
 
 IMAGES, OBJECTS, SLOTS = 2, 3, 4

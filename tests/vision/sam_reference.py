@@ -2,14 +2,12 @@
 
 Weights are drawn so that rounding errors do not grow: matrices with standard deviation 1/sqrt(fan in), norm scales
 1 +- 0.3, biases 0.1; absolute positions 0.5 and relative ones 1/sqrt(head size), so that both have a say. The
-mappings take arrays, or shapes alone under `jax.eval_shape`, and fail on a tensor that they leave over.
+mappings are the rules of `weights`, and fail on a tensor that they leave over.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -18,6 +16,8 @@ from transformers import Sam2HieraDetConfig, Sam2VisionConfig, Sam2VisionModel, 
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from tracevision_jax.vision.sam_config import HieraConfig, SamVitConfig
+from tracevision_jax.weights.engine import Table, unflatten
+from tracevision_jax.weights.sam_vision_rules import hiera_rules, vit_rules
 
 
 def draw_weights(model: torch.nn.Module, seed: int) -> None:
@@ -74,88 +74,25 @@ def reference_hiera(config: HieraConfig) -> Sam2VisionModel:
     return Sam2VisionModel(built).eval()
 
 
-def _conv(weight: Any) -> Any:
-    """(out, in, row, column) to (row, column, in, out)."""
-    return jnp.transpose(weight, (2, 3, 1, 0))
-
-
-def _pointwise(weight: Any) -> Any:
-    """A convolution of 1 x 1 to a matrix (in, out)."""
-    return jnp.transpose(weight[:, :, 0, 0])
-
-
-def _block(state: dict[str, Any], prefix: str, heads: int, mlp: tuple[str, str]) -> dict[str, Any]:
-    """What blocks of both encoders have: norms, attention and MLP."""
-
-    def take(name: str) -> Any:
-        return state.pop(prefix + name)
-
-    qkv, proj = take("attn.qkv.weight"), take("attn.proj.weight")
-    head_dim = qkv.shape[0] // 3 // heads
-    ours = {
-        ("attn", "qkv", "kernel"): jnp.transpose(qkv).reshape(qkv.shape[1], 3, heads, head_dim),
-        ("attn", "qkv", "bias"): take("attn.qkv.bias").reshape(3, heads, head_dim),
-        ("attn", "proj", "kernel"): jnp.transpose(proj).reshape(heads, head_dim, proj.shape[0]),
-        ("attn", "proj", "bias"): take("attn.proj.bias"),
-    }
-    for norm in ("layer_norm1", "layer_norm2"):
-        ours[norm, "scale"], ours[norm, "bias"] = take(f"{norm}.weight"), take(f"{norm}.bias")
-    for name, theirs in zip(("proj_in", "proj_out"), mlp, strict=True):
-        ours["mlp", name, "kernel"] = jnp.transpose(take(f"mlp.{theirs}.weight"))
-        ours["mlp", name, "bias"] = take(f"mlp.{theirs}.bias")
-    return ours
-
-
 def vit_params(state: Mapping[str, Any], config: SamVitConfig) -> dict[str, Any]:
     """The tree of `SamVitEncoder` from the reference's state."""
-    state = dict(state)
-    ours = {
-        ("patch_embed", "kernel"): _conv(state.pop("patch_embed.projection.weight")),
-        ("patch_embed", "bias"): state.pop("patch_embed.projection.bias"),
-        ("pos_embed",): state.pop("pos_embed")[0],
-        ("neck", "conv1", "kernel"): _pointwise(state.pop("neck.conv1.weight")),
-        ("neck", "conv2", "kernel"): _conv(state.pop("neck.conv2.weight")),
-    }
-    for norm in ("layer_norm1", "layer_norm2"):
-        ours["neck", norm, "scale"] = state.pop(f"neck.{norm}.weight")
-        ours["neck", norm, "bias"] = state.pop(f"neck.{norm}.bias")
-    blocks = []
-    for number in range(config.depth):
-        block = _block(state, f"layers.{number}.", config.heads, ("lin1", "lin2"))
-        for table in ("rel_pos_h", "rel_pos_w"):
-            block["attn", table] = state.pop(f"layers.{number}.attn.{table}")
-        blocks.append(block)
-    assert not state, f"left over: {sorted(state)}"
-    size = config.window_blocks + 1
-    groups = [blocks[start : start + size] for start in range(0, config.depth, size)]
-    for path in blocks[0]:
-        windows = [jnp.stack([block[path] for block in group[:-1]]) for group in groups]
-        ours["groups", "window", *path] = jnp.stack(windows)
-        ours["groups", "full", *path] = jnp.stack([group[-1][path] for group in groups])
-    return traverse_util.unflatten_dict(ours)
+    return _params(Table(*vit_rules(config, "", "")), state)
 
 
 def hiera_params(state: Mapping[str, Any], config: HieraConfig) -> dict[str, Any]:
     """The tree of `Sam2ImageEncoder` from the reference's state."""
-    state = dict(state)
-    ours = {
-        ("backbone", "patch_embed", "kernel"): _conv(state.pop("backbone.patch_embed.projection.weight")),
-        ("backbone", "patch_embed", "bias"): state.pop("backbone.patch_embed.projection.bias"),
-    }
-    for name in ("pos_embed", "pos_embed_window"):
-        ours["backbone", name] = jnp.transpose(state.pop(f"backbone.{name}")[0], (1, 2, 0))
-    for number, plan in enumerate(config.plan()):
-        prefix = f"backbone.blocks.{number}."
-        block = _block(state, prefix, plan.heads, ("proj_in", "proj_out"))
-        if plan.pools:
-            block["proj", "kernel"] = jnp.transpose(state.pop(prefix + "proj.weight"))
-            block["proj", "bias"] = state.pop(prefix + "proj.bias")
-        ours |= {("backbone", f"blocks_{number}", *path): value for path, value in block.items()}
-    for number in range(4):
-        ours["neck", f"convs_{number}", "kernel"] = _pointwise(state.pop(f"neck.convs.{number}.weight"))
-        ours["neck", f"convs_{number}", "bias"] = state.pop(f"neck.convs.{number}.bias")
-    assert not state, f"left over: {sorted(state)}"
-    return traverse_util.unflatten_dict(ours)
+    return _params(Table(*hiera_rules(config, "", "")), state)
+
+
+def _params(table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree by the rules of `weights`; each tensor is a parameter, or one layer of it."""
+    leaves = {}
+    for path, shape in table.flax_shapes.items():
+        layers = [move.to_flax(state[move.name]).reshape(-1) for _, moves in table.blocks(path) for move in moves]
+        leaves[path] = jnp.asarray(np.concatenate(layers).reshape(shape))
+    left = set(state) - set(table.torch_shapes)
+    assert not left, f"left over: {sorted(left)}"
+    return unflatten(leaves)
 
 
 def arrays_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -163,14 +100,11 @@ def arrays_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: value.detach().float().numpy() for name, value in model.state_dict().items()}
 
 
-def shapes_of(model: torch.nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """A reference's state as shapes; the model may be on the meta device."""
-    return {name: jax.ShapeDtypeStruct(tuple(value.shape), np.float32) for name, value in model.state_dict().items()}
-
-
-def mapped_shapes(mapping: Any, model: torch.nn.Module, config: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of our tree, as a mapping makes it from a reference's shapes."""
-    return shapes_in(jax.eval_shape(partial(mapping, config=config), shapes_of(model)))
+def mapped_shapes(rules: Any, model: torch.nn.Module, config: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path -> shape of our tree by rules (`vit_rules`, `hiera_rules`), which fit a reference, be it on no device."""
+    table = Table(*rules(config, "", ""))
+    assert table.torch_shapes == {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return {tuple(path.split("/")): shape for path, shape in table.flax_shapes.items()}
 
 
 def shapes_in(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -25,6 +25,7 @@ from tests.vision.sam_reference import (
 from tracevision_jax.errors import UserError
 from tracevision_jax.vision.hiera import FpnNeck, Hiera, HieraAttention, HieraBlock, Sam2ImageEncoder
 from tracevision_jax.vision.sam_config import HIERA_PRESETS, HieraConfig
+from tracevision_jax.weights.sam_vision_rules import hiera_rules
 
 MODULE, ENCODER = 1e-5, 1e-5
 """Largest relative errors, Frobenius, float32."""
@@ -129,8 +130,7 @@ def test_stages_and_pictures_of_another_size_equal_the_reference(rng):
 def test_every_tensor_matters_as_it_does_in_the_reference(rng):
     model, _, _ = models("small")
     pixels = rng.standard_normal((1, 64, 64, 3)).astype(np.float32)
-    picture, state = jnp.asarray(pixels), arrays_of(model)
-    ours = jax.jit(lambda state: Sam2ImageEncoder(SMALL).apply({"params": hiera_params(state, SMALL)}, picture))
+    picture, state, run = jnp.asarray(pixels), arrays_of(model), encode(SMALL)
     before, changed = joined(answers(model, pixels)), copy.deepcopy(model)
     for name, value in state.items():
         moved = value + value.std() * rng.standard_normal(value.shape).astype(np.float32)
@@ -138,7 +138,7 @@ def test_every_tensor_matters_as_it_does_in_the_reference(rng):
         theirs = joined(answers(changed, pixels))
         changed.load_state_dict({name: torch.tensor(value)}, strict=False)
         assert error(theirs, before) > 100 * ENCODER, name
-        assert error(joined(ours({**state, name: moved})), theirs) <= ENCODER, name
+        assert error(joined(run(hiera_params({**state, name: moved}, SMALL), picture)), theirs) <= ENCODER, name
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, 6])
@@ -188,7 +188,7 @@ def test_released_sizes_have_the_references_names_shapes_and_count(name):
     assert tuple(number for number, plan in enumerate(config.plan()) if plan.pools) == pooling
     with torch.device("meta"):
         reference = reference_hiera(config)
-    assert mapped_shapes(hiera_params, reference, config) == shapes_in(variables["params"])
+    assert mapped_shapes(hiera_rules, reference, config) == shapes_in(variables["params"])
 
 
 @pytest.mark.parametrize("name", RELEASED)

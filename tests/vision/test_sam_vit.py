@@ -26,6 +26,7 @@ from tests.vision.sam_reference import (
 from tracevision_jax.errors import UserError
 from tracevision_jax.vision.sam_config import SAM_VIT_PRESETS, SamVitConfig
 from tracevision_jax.vision.sam_vit import SamAttention, SamBlock, SamNeck, SamVitEncoder
+from tracevision_jax.weights.sam_vision_rules import vit_rules
 
 MODULE, ENCODER = 1e-5, 1e-5
 """Largest relative errors, Frobenius, float32."""
@@ -116,8 +117,7 @@ def test_pictures_of_another_size_get_resized_positions(rng, side):
 def test_every_tensor_matters_as_it_does_in_the_reference(rng):
     model, _, _ = models()
     pixels = rng.standard_normal((1, 80, 80, 3)).astype(np.float32)
-    picture, state = jnp.asarray(pixels), arrays_of(model)
-    ours = jax.jit(lambda state: SamVitEncoder(SMALL).apply({"params": vit_params(state, SMALL)}, picture))
+    picture, state, run = jnp.asarray(pixels), arrays_of(model), encode(SMALL)
     before, changed = answers(model, pixels), copy.deepcopy(model)
     for name, value in state.items():
         moved = value + value.std() * rng.standard_normal(value.shape).astype(np.float32)
@@ -125,7 +125,7 @@ def test_every_tensor_matters_as_it_does_in_the_reference(rng):
         theirs = answers(changed, pixels)
         changed.load_state_dict({name: torch.tensor(value)}, strict=False)
         assert error(theirs, before) > 100 * ENCODER, name
-        assert error(ours({**state, name: moved}), theirs) <= ENCODER, name
+        assert error(run(vit_params({**state, name: moved}, SMALL), picture), theirs) <= ENCODER, name
 
 
 def test_key_biases_alone_change_nothing_and_lie_where_keys_are(rng):
@@ -163,7 +163,7 @@ def test_released_sizes_have_the_references_names_shapes_and_count(name, paramet
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == parameters
     with torch.device("meta"):
         reference = reference_vit(config)
-    assert mapped_shapes(vit_params, reference, config) == shapes_in(variables["params"])
+    assert mapped_shapes(vit_rules, reference, config) == shapes_in(variables["params"])
 
 
 def test_global_blocks_of_the_released_sizes_are_the_last_of_their_groups():

@@ -19,7 +19,7 @@ from tracevision_jax.systems.config_json import to_json
 from tracevision_jax.systems.tracevision import tracevision_config
 from tracevision_jax.vision.preprocess import VisionInputConfig
 from tracevision_jax.weights import model_directory, qwen25vl
-from tracevision_jax.weights.conversion import model_to_hugging_face, to_native
+from tracevision_jax.weights.conversion import model_to_pytorch, to_native
 from tracevision_jax.weights.engine import flatten
 from tracevision_jax.weights.families import load_host
 
@@ -85,7 +85,7 @@ def test_a_host_is_read_like_a_model_directory(tmp_path, form):
 
 def test_the_host_of_a_trained_model_becomes_a_hugging_face_directory(trained, tmp_path):
     folder, config, params = trained
-    model_to_hugging_face(folder / "model", tmp_path / "out").run()
+    model_to_pytorch(folder / "model", tmp_path / "out").run()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out")
     language = replace(config.language, added_tokens=ADDED, first_added=300)
     state = dict(qwen25vl.to_torch_names(params, replace(config, language=language)))
@@ -106,13 +106,13 @@ def test_damaged_models_and_other_systems_are_refused(trained, tmp_path):
     content = file.read_text()
     file.write_text(content + " ")
     with pytest.raises(UserError, match=r"(?s)damaged.*tokenizer\.json"):
-        model_to_hugging_face(folder / "model", tmp_path / "out")
+        model_to_pytorch(folder / "model", tmp_path / "out")
     file.write_text(content)
     model_directory.save_model(tmp_path / "other", {"system": "sjtu"}, {"x": jnp.zeros(1)})
     with pytest.raises(UserError, match="'sjtu'"):
-        model_to_hugging_face(tmp_path / "other", tmp_path / "out")
+        model_to_pytorch(tmp_path / "other", tmp_path / "out")
     content = {"system": "tracevision", "model": to_json(tracevision_config(config, 300))}
     model_directory.save_model(tmp_path / "empty", content, {"host": {"x": jnp.zeros(1)}})
     with pytest.raises(UserError, match="does not fit its configuration"):
-        model_to_hugging_face(tmp_path / "empty", tmp_path / "out")
+        model_to_pytorch(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()

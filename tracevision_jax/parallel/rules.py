@@ -61,7 +61,21 @@ TVP: tuple[Rule, ...] = (
 DECODER: tuple[Rule, ...] = ((r"decoder/", P()),)
 """At most 12.5 M parameters: every device keeps them whole."""
 
-PARAMETERS: tuple[Rule, ...] = (*LANGUAGE, *VISION, *TVP, *DECODER)
+SEGMENT_ANYTHING: tuple[Rule, ...] = (
+    (r"vision_encoder/.*/attn/qkv/kernel$", P("fsdp", None, "tensor", None)),
+    (r"vision_encoder/.*/attn/qkv/bias$", P(None, "tensor", None)),
+    (r"vision_encoder/.*/attn/proj/kernel$", P("tensor", None, "fsdp")),
+    (r"vision_encoder/.*/mlp/proj_in/kernel$", P("fsdp", "tensor")),
+    (r"vision_encoder/.*/mlp/proj_out/kernel$", P("tensor", "fsdp")),
+    (
+        r"^(vision_encoder|prompt_encoder|mask_decoder|high_resolution|memory_conditioning|memory_encoder|object_pointer"
+        r"|mask_downsample)/",
+        P(),
+    ),
+)
+"""SAM and SAM 2: the blocks of the image encoder are cut, all that follows it is small."""
+
+PARAMETERS: tuple[Rule, ...] = (*LANGUAGE, *VISION, *TVP, *DECODER, *SEGMENT_ANYTHING)
 """All families; their paths do not overlap."""
 
 ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {

@@ -118,6 +118,8 @@ class MemoryConfig:
     """Whether `max_conditioning` also limits pointers (Meta); `transformers` reads those of all that are kept."""
     several_for_mask_pointer: bool = False
     """Whether the pointer of a mask prompt is that of the best of several masks (`transformers`) or of the single."""
+    exact_mask_memory: bool = False
+    """Whether a mask prompt is remembered as it was given (`transformers`) or by way of the decoder's resolution."""
     sigmoid_scale: float = 20.0
     sigmoid_bias: float = -10.0
     """Masks enter the memory encoder as probability * scale + bias."""
@@ -198,5 +200,7 @@ def hugging_face(heads: HeadsConfig) -> HeadsConfig:
     """The same heads with the choices of `transformers` where they differ from Meta's."""
     if heads.memory is None:
         return replace(heads, decoder=replace(heads.decoder, norm_eps=1e-6))
-    memory = replace(heads.memory, pointers_follow_selection=False, several_for_mask_pointer=True)
+    memory = replace(
+        heads.memory, pointers_follow_selection=False, several_for_mask_pointer=True, exact_mask_memory=True
+    )
     return replace(heads, memory=memory)

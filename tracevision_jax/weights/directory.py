@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tracevision_jax.errors import UserError
 
-CHECKPOINT_FILES = ("tracevision.json", "config.json")
+CHECKPOINT_FILES = ("tracevision.json", "config.json", "original.json")
 """A directory is replaced only if it holds one of these, so that no other work is ever deleted."""
 
 

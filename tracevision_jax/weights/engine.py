@@ -139,13 +139,26 @@ class Move:
 class Table:
     """The rules of a family at given sizes, written out tensor by tensor and checked for completeness."""
 
-    def __init__(self, rules: Sequence[Rule], sizes: Mapping[str, int], same: Mapping[str, str] | None = None):
-        """`same`: tensors that a checkpoint may repeat under another name (that name -> the one read).
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        sizes: Mapping[str, int],
+        same: Mapping[str, str] | None = None,
+        copies: Mapping[str, str] | None = None,
+    ):
+        """Write the rules out.
+
+        Args:
+            rules: all of the family.
+            sizes: length of every axis.
+            same: tensors that a checkpoint may repeat under another name (that name -> the one in the rules).
+            copies: as `same`, and they are also written under the other name.
 
         Raises:
             ValueError: rules that leave out or repeat part of a tensor or parameter.
         """
-        self.same = dict(same or {})
+        self.copies = dict(copies or {})
+        self.same = {**(same or {}), **self.copies}
         self.moves = [move for rule in rules for move in _moves(rule, sizes)]
         self.by_name: dict[str, list[Move]] = defaultdict(list)
         self.by_path: dict[str, list[Move]] = defaultdict(list)
@@ -161,6 +174,11 @@ class Table:
             _check_tensor(name, moves)
         for path, moves in self.by_path.items():
             _check_parameter(path, moves, self.flax_shapes[path], path in unused)
+
+    @property
+    def written(self) -> dict[str, str]:
+        """{name that is written: name in the rules}."""
+        return {name: name for name in self.torch_shapes} | self.copies
 
     def check_tensors(self, tensors: Mapping[str, TensorInfo], whole: str) -> None:
         """Compare a checkpoint's names and shapes with what the table wants; `whole` names the checkpoint.

@@ -1,12 +1,12 @@
-"""The kinds of models whose weights we can move, and loading a checkpoint of any of them from any directory.
+"""The kinds of models whose weights we can move, and loading a checkpoint of any of them from any place.
 
-config, params = load_host(directory)      # ours or Hugging Face's
+config, params = load_host(directory)      # ours or Hugging Face's; or a file in the authors' own layout
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,29 @@ import numpy as np
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.nearest import suggest
-from tracevision_jax.weights import hugging_face, native, qwen25vl
+from tracevision_jax.weights import hugging_face, native, qwen25vl, sam
 from tracevision_jax.weights.arrays import ShardingOf, first_device
-from tracevision_jax.weights.hugging_face import Config, Family
+from tracevision_jax.weights.family import Config, Family
 from tracevision_jax.weights.safetensors_io import Progress
+from tracevision_jax.weights.sources import torch_files
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (qwen25vl.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (qwen25vl.FAMILY, *sam.FAMILIES)}
+
+Layout = Literal["native", "hugging_face", "original"]
+"""Ours (`tracevision.json`), Hugging Face's, or that of a family's authors."""
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a directory holds."""
+    """What a place holds."""
 
-    native: bool
-    """Ours (`tracevision.json`), or else Hugging Face's."""
+    layout: Layout
     family: Family
+
+    @property
+    def native(self) -> bool:
+        """Whether it is ours."""
+        return self.layout == "native"
 
 
 def family_named(name: str) -> Family:
@@ -45,24 +53,43 @@ def family_named(name: str) -> Family:
 
 
 def recognise(directory: str | Path) -> Recognised:
-    """Tell what kind of checkpoint a directory is.
+    """Tell what kind of checkpoint a directory, or a PyTorch file, is.
 
     Raises:
         UserError: none that we know.
     """
     directory = Path(directory)
+    if directory.is_file():
+        return _recognise_tensors(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory} is no directory")
+        raise UserError(f"{directory} is no directory and no file")
     if native.is_native(directory):
-        return Recognised(True, family_named(native.read_manifest(directory).family))
+        return Recognised("native", family_named(native.read_manifest(directory).family))
     if not (directory / "config.json").is_file():
+        if torch_files(directory):
+            return _recognise_tensors(directory)
         raise UserError(
             f"{directory} is no checkpoint: it has neither tracevision.json (ours) nor config.json (Hugging Face's)"
         )
     config = hugging_face.read_json(directory / "config.json")
     if "model_type" not in config:
         raise UserError(f"{directory / 'config.json'} names no model_type, so it is no Hugging Face checkpoint")
-    return Recognised(False, family_named(str(config["model_type"])))
+    family = family_named(str(config["model_type"]))
+    original = family.original and family.original.recognise(hugging_face.find_tensors(directory).tensors)
+    return Recognised("original" if original else "hugging_face", family)
+
+
+def _recognise_tensors(place: Path) -> Recognised:
+    """By the names of the tensors alone."""
+    names = hugging_face.find_tensors(place).tensors
+    for family in FAMILIES.values():
+        if family.original and family.original.recognise(names):
+            return Recognised("original", family)
+    known = ", ".join(name for name, family in FAMILIES.items() if family.original)
+    raise UserError(
+        f"{place} comes without config.json, and its tensors ({', '.join(list(names)[:3])}, ...) have the names of no "
+        f"family that is known without one ({known})"
+    )
 
 
 def load_host(
@@ -72,7 +99,7 @@ def load_host(
     paths: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Config, dict[str, Any]]:
-    """Read a host (configuration, parameters) from our directory or a Hugging Face one.
+    """Read a host (configuration, parameters) from our directory, a Hugging Face one, or a file of the authors'.
 
     Args:
         directory: the checkpoint.

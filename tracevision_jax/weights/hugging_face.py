@@ -1,7 +1,8 @@
-"""Hugging Face directories of any family: opened and checked, loaded to devices, written back.
+"""Checkpoints of PyTorch of any family: opened and checked, loaded to devices, written back for `transformers`.
 
 A `Family` says what its configuration and table are; everything else is the same for all. Names on disk and
-names in memory (transformers 5 calls `visual.` `model.visual.`) are both understood.
+names in memory (transformers 5 calls `visual.` `model.visual.`) are both understood, and so are, where a family says
+them, the names of its authors' own files (`Original`), which come without a configuration.
 """
 
 import fnmatch
@@ -9,8 +10,9 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.weights.arrays import ArrayBuilder, ArrayLeaf, Leaf, ShardingOf, first_device
+from tracevision_jax.weights.arrays import ArrayBuilder, ArrayLeaf, ShardingOf, first_device
 from tracevision_jax.weights.copying import contiguous
 from tracevision_jax.weights.directory import new_directory
 from tracevision_jax.weights.engine import Table, flatten, unflatten
+from tracevision_jax.weights.family import Config, Family, Leaves, Original
 from tracevision_jax.weights.safetensors_io import (
     Progress,
     SafetensorsSource,
@@ -41,42 +44,16 @@ from tracevision_jax.weights.sources import (
 
 SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*")
 """Files beside the weights (tokenizer, preprocessor, chat template) that are copied through."""
-NOT_COPIED = ("*.index.json", "tracevision.json", "trainer_state.json", "*results.json")
+NOT_COPIED = ("*.index.json", "tracevision.json", "original.json", "trainer_state.json", "*results.json")
+ORIGINAL_CONFIG = "original.json"
+"""What we write beside a file in the authors' layout, so that models of other than released sizes can be read again."""
 WEIGHTS_STEM = "model"
 MAX_SHARD_BYTES = 5_000_000_000
-
-Config = Any
-"""The host's configuration, a frozen dataclass."""
-Leaves = Mapping[str, Leaf]
-"""Parameters by path."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What has to be known of a kind of model to move its weights."""
-
-    name: str
-    """`model_type` of its config.json."""
-    table: Callable[[Config], Table]
-    canonical_name: Callable[[str], str]
-    """A tensor's name in any spelling -> the one in the table (the one on disk)."""
-    for_export: Callable[[Leaves, Config], tuple[Leaves, Config]]
-    """Parameters and configuration -> what `transformers` can hold of them."""
-    read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], Config]
-    """(config.json, generation_config.json or {}) -> configuration."""
-    write_config: Callable[[Config, np.dtype, Mapping[str, Any]], dict[str, Any]]
-    """(configuration, dtype, the config.json to start from or {}) -> config.json."""
-    write_generation_config: Callable[[Config], dict[str, Any]]
-    config_to_json: Callable[[Config], dict[str, Any]]
-    """For our own checkpoints."""
-    config_from_json: Callable[[Mapping[str, Any]], Config]
-    with_dtype: Callable[[Config, str], Config]
-    """The configuration of a model whose parameters have this dtype and that computes in it."""
 
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A Hugging Face directory whose names and shapes fit; nothing is read yet."""
+    """A checkpoint whose names and shapes fit; nothing is read yet."""
 
     config: Config
     table: Table
@@ -107,23 +84,42 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def open_checkpoint(directory: Path, family: Family, dtype: np.dtype | None = None) -> OpenCheckpoint:
-    """Open a directory and hold every name and shape against its configuration.
+def open_checkpoint(place: Path, family: Family, dtype: np.dtype | None = None) -> OpenCheckpoint:
+    """Open a directory or a PyTorch file and hold every name and shape against its configuration.
 
     Raises:
         UserError: damaged files; or everything that is missing, unexpected or mis-shaped
         (`CheckpointMismatch`).
     """
-    config = family.read_config(read_json(directory / "config.json"), read_json(directory / "generation_config.json"))
-    return open_source(find_tensors(directory), family, config, str(directory), dtype)
+    source = find_tensors(place)
+    if family.original and family.original.recognise(source.tensors):
+        config, whole = _original_config(place, family, family.original, source)
+        return open_source(source, family, config, whole, dtype, family.original.table(config))
+    config = family.read_config(read_json(place / "config.json"), read_json(place / "generation_config.json"))
+    return open_source(source, family, config, str(place), dtype)
 
 
-def find_tensors(directory: Path) -> TensorSource:
-    """The tensors of a directory: safetensors if there are any, else PyTorch files.
+def _original_config(place: Path, family: Family, original: Original, source: TensorSource) -> tuple[Config, str]:
+    """The configuration of tensors in the authors' layout, and what the checkpoint is called in messages."""
+    directory = place if place.is_dir() else place.parent
+    beside = read_json(directory / ORIGINAL_CONFIG)
+    if beside.get("file") in {info.place for info in source.tensors.values()}:
+        return family.config_from_json(beside.get("config", {})), str(place)
+    if place.is_dir() and (content := read_json(place / "config.json")):
+        return family.read_config(content, {}), str(place)
+    name, config = original.nearest(source.tensors)
+    return config, f"{place} (of the released models it is most like {name})"
+
+
+def find_tensors(place: Path) -> TensorSource:
+    """The tensors of a PyTorch file, or of a directory: safetensors if there are any, else PyTorch files.
 
     Raises:
         UserError: none, or damaged ones.
     """
+    if place.is_file():
+        return open_torch_files([place])
+    directory = place
     if paths := find_safetensors(directory):
         source = SafetensorsSource(paths)
         check_index(directory, source)
@@ -134,11 +130,19 @@ def find_tensors(directory: Path) -> TensorSource:
 
 
 def open_source(
-    source: TensorSource, family: Family, config: Config, whole: str, dtype: np.dtype | None = None
+    source: TensorSource,
+    family: Family,
+    config: Config,
+    whole: str,
+    dtype: np.dtype | None = None,
+    table: Table | None = None,
 ) -> OpenCheckpoint:
     """As `open_checkpoint`, for tensors that are found already; `whole` names them in messages."""
-    source = RenamedSource(source, family.canonical_name)
-    table = family.table(config)
+    if table is None:
+        source, table = RenamedSource(source, family.canonical_name), family.table(config)
+    # Of a tensor with two names either may be there alone.
+    alone = {name: other for name, other in table.same.items() if other not in source.tensors}
+    source = RenamedSource(source, lambda name: alone.get(name, name))
     table.check_tensors(source.tensors, whole)
     _check_repeated(source, table, whole)
     return OpenCheckpoint(config, table, source, _dtypes(source, table, whole, dtype))
@@ -149,8 +153,8 @@ def _check_repeated(source: TensorSource, table: Table, whole: str) -> None:
     for name, other in table.same.items():
         if name in source.tensors and _digest(source.read(name)) != _digest(source.read(other)):
             raise UserError(
-                f"{whole}: its configuration says that {name} is {other} (tied embeddings), but their values "
-                'differ; set "tie_word_embeddings": false in config.json'
+                f"{whole}: {name} should be {other} again, but their values differ; if these are a head and an "
+                'embedding that are not tied, set "tie_word_embeddings": false in config.json'
             )
 
 
@@ -246,6 +250,7 @@ def flax_blocks(checkpoint: OpenCheckpoint, path: str) -> Iterator[np.ndarray]:
 
 def torch_tensor(table: Table, name: str, dtype: np.dtype, leaves: Leaves) -> np.ndarray:
     """A tensor as PyTorch has it, put together from the parameters."""
+    name = table.written[name]
     tensor = np.empty(table.torch_shapes[name], dtype)
     for move in table.by_name[name]:
         move.layout.fill_torch(tensor, leaves[move.path].block(move.start, move.shape))
@@ -255,10 +260,10 @@ def torch_tensor(table: Table, name: str, dtype: np.dtype, leaves: Leaves) -> np
 def torch_dtypes(table: Table, leaves: Leaves, dtype: np.dtype | None = None) -> dict[str, np.dtype]:
     """The dtype of every tensor: the one asked for, or one that holds all parameters that it is made of."""
     if dtype is not None:
-        return dict.fromkeys(table.torch_shapes, np.dtype(dtype))
+        return dict.fromkeys(table.written, np.dtype(dtype))
     return {
-        name: np.dtype(functools.reduce(jnp.promote_types, (leaves[move.path].dtype for move in moves)))
-        for name, moves in table.by_name.items()
+        name: np.dtype(functools.reduce(jnp.promote_types, (leaves[m.path].dtype for m in table.by_name[other])))
+        for name, other in table.written.items()
     }
 
 
@@ -326,23 +331,31 @@ def save(
 def tensor_plans(table: Table, leaves: Leaves, dtypes: Mapping[str, np.dtype]) -> list[TensorPlan]:
     """What to write, tensor by tensor."""
     return [
-        TensorPlan(name, table.torch_shapes[name], dtype, functools.partial(_one_piece, table, name, dtype, leaves))
-        for name, dtype in dtypes.items()
+        TensorPlan(
+            name, table.torch_shapes[other], dtypes[name], partial(_one_piece, table, name, dtypes[name], leaves)
+        )
+        for name, other in table.written.items()
     ]
 
 
 def write_configurations(
     folder: Path, family: Family, config: Config, plans: list[TensorPlan], files: list[WrittenFile]
 ) -> None:
-    """Write the index, and `config.json` and `generation_config.json` over those that were copied through."""
+    """Write the index, `config.json` over the one that was copied through, and other files that were not."""
     if len(files) > 1:
         _write_index(folder, files, sum(plan.bytes for plan in plans))
     kinds = [plan.dtype for plan in plans]
     main_dtype = max(set(kinds), key=kinds.count)
     config_json = family.write_config(config, main_dtype, read_json(folder / "config.json"))
     _write_json(folder / "config.json", config_json)
-    if not (folder / "generation_config.json").is_file():
-        _write_json(folder / "generation_config.json", family.write_generation_config(config))
+    for name, content in family.other_files(config).items():
+        if not (folder / name).is_file():
+            _write_json(folder / name, content)
+
+
+def write_original_config(folder: Path, family: Family, config: Config, file: str) -> None:
+    """Write what names and shapes do not tell, heads and windows, beside a file in the authors' layout."""
+    _write_json(folder / ORIGINAL_CONFIG, {"file": file, "config": family.config_to_json(config)})
 
 
 def _one_piece(table: Table, name: str, dtype: np.dtype, leaves: Leaves) -> Iterator[np.ndarray]:

@@ -25,7 +25,8 @@ from tracevision_jax.vision.config import QwenVisionConfig
 from tracevision_jax.weights import hugging_face
 from tracevision_jax.weights.arrays import Leaf, ShardingOf, TransposedLeaf, first_device
 from tracevision_jax.weights.engine import Part, Rule, Shape, Table
-from tracevision_jax.weights.hugging_face import MAX_SHARD_BYTES, Family
+from tracevision_jax.weights.family import Family
+from tracevision_jax.weights.hugging_face import MAX_SHARD_BYTES
 from tracevision_jax.weights.qwen25vl_config import (
     config_from_json,
     config_to_json,
@@ -189,7 +190,7 @@ FAMILY = Family(
     for_export=for_export,
     read_config=read_config,
     write_config=write_config,
-    write_generation_config=write_generation_config,
+    other_files=lambda config: {"generation_config.json": write_generation_config(config)},
     config_to_json=config_to_json,
     config_from_json=config_from_json,
     with_dtype=with_dtype,

@@ -5,6 +5,9 @@ imported only for its own files and tensors; those are unpickled with `weights_o
 """
 
 import math
+import pickle
+import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,18 +145,30 @@ def open_torch_files(paths: list[Path]) -> DictSource:
     state: dict[str, Any] = {}
     for path in paths:
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files from before torch 1.6 are no archives and cannot be mapped.
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except FileNotFoundError as error:
             raise UserError(f"the index names {path.name}, which is not there: {path}") from error
+        except pickle.UnpicklingError as error:
+            raise UserError(_refused(path, str(error))) from error
         except Exception as error:  # torch raises whatever the damage leads to
-            raise UserError(
-                f"{path} is damaged or holds more than tensors (nothing else is ever unpickled): {error}"
-            ) from error
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{path} is no file of tensors, or a damaged one: {reason}") from error
         for name, value in _tensors_within(loaded, path):
             if name in state:
                 raise UserError(f"the tensor {name} stands in several files, one of them {path}")
             state[name] = value
     return DictSource(state, ", ".join(path.name for path in paths))
+
+
+def _refused(path: Path, reason: str) -> str:
+    """Why a pickle is not read; torch's own words would advise to read it all the same."""
+    named = re.search(r"GLOBAL (\S+)", reason)
+    fault = f"reading it would run code or build objects ({named[1]})" if named else "it is damaged, or would run code"
+    return (
+        f"{path} is refused: {fault}, and only tensors are ever read. If you trust the file, save its state dictionary "
+        "alone, as safetensors or with torch.save"
+    )
 
 
 def _tensors_within(loaded: Any, path: Path) -> Iterator[tuple[str, Any]]:
