@@ -52,6 +52,10 @@ GROUPS: dict[str, dict[str, Command]] = {
             "train a recipe of configs/, or continue it; any field is a flag",
             "tracevision train tracevision_7b_stage1 --init-from checkpoints/qwen7b --mesh.fsdp 64",
         ),
+        "compile": Command(
+            "what a recipe needs and takes on chips that are not here: memory, FLOPs, collectives, step time",
+            "tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4",
+        ),
     },
     "2. Convert": {
         "convert": Command(
@@ -71,6 +75,10 @@ GROUPS: dict[str, dict[str, Command]] = {
         "predict": Command(
             "describe, point, segment or answer about one image or video",
             "tracevision predict checkpoints/tracevision-7b --image a.jpg --trace a.json",
+        ),
+        "track": Command(
+            "follow objects through a video from a box, clicks or a mask; masks, JSON, an overlay",
+            "tracevision track clip.mp4 --checkpoint checkpoints/sam2.1_tiny --box 10 20 200 180 --out out",
         ),
     },
 }

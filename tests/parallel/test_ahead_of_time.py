@@ -1,0 +1,153 @@
+"""What a compiled step needs and takes: on eight virtual devices, and on hand-made numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from tracevision_jax.parallel.ahead_of_time import Program, kernel_products, measure, memory
+from tracevision_jax.parallel.flops import Flops
+from tracevision_jax.parallel.hlo import executed, parse
+from tracevision_jax.parallel.mesh import MeshConfig, make_mesh
+from tracevision_jax.parallel.topologies import topology
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDTH, MLP, LAYERS, WORDS, TOKENS, ROWS = 16, 32, 2, 32, 12, 16
+"""Of `tests.training.tiny` and its bucket."""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """What `ahead_on_mesh.py` prints in a process of eight virtual devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.ahead_on_mesh"],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_collectives_of_a_sharded_scan_are_those_known_by_hand(found):
+    uses = {use["kind"]: use for use in found["scan"]}
+    assert set(uses) == {"all-reduce", "all-gather"}
+    assert (uses["all-reduce"]["axes"], uses["all-reduce"]["times"]) == (["tensor"], 5)
+    assert uses["all-reduce"]["whole"] == 16 * 32 * 4
+    assert (uses["all-gather"]["axes"], uses["all-gather"]["times"]) == (["fsdp"], 5)
+    assert uses["all-gather"]["whole"] == 8 * 32 * 4
+    assert all(use["known"] for use in found["scan"])
+
+
+def test_the_memory_of_a_step_is_parted_by_what_holds_it(found):
+    hbm, held = found["outcome"]["hbm"], found["held"]
+    assert {name: hbm[name] for name in held} == held
+    parameters = 2 * WORDS * WIDTH + 2 * LAYERS * WIDTH * MLP + LAYERS * WIDTH + 4 * 3 * WIDTH
+    assert parameters * 4 / 4 < held["parameters"] < parameters * 4 / 2  # most are in four slices
+    assert 2 * held["parameters"] <= held["optimizer"] < 2 * held["parameters"] + 64  # two moments
+    assert hbm["total"] >= sum(held.values())
+    assert hbm["total"] <= sum(size for name, size in hbm.items() if name not in ("total", "capacity"))
+    assert found["outcome"]["fits"]
+
+
+def test_the_flops_of_the_compiled_step_are_those_that_were_counted(found):
+    outcome = found["outcome"]
+    forward = 2 * ROWS * TOKENS * (2 * LAYERS * WIDTH * MLP + WIDTH * WORDS) + 2 * ROWS * WIDTH * 3
+    assert outcome["model_flops"] == 3 * forward
+    assert outcome["recomputed_flops"] == outcome["kernel_flops"] == 0
+    # Every chip does its share, and a little is done by several.
+    assert 1.0 <= 8 * outcome["executed_flops"] / outcome["model_flops"] < 1.1
+    assert outcome["intensity"] == pytest.approx(outcome["executed_flops"] / outcome["hbm_traffic"])
+
+
+def test_the_step_communicates_along_each_axis_and_its_time_follows(found):
+    outcome = found["outcome"]
+    axes = {line["axes"] for line in outcome["collectives"]}
+    assert any("tensor" in name for name in axes) and any("fsdp" in name for name in axes)
+    assert all(line["trips_known"] for line in outcome["collectives"])
+    times = outcome["roofline"]
+    assert set(times["collectives"]) == axes
+    assert times["not_overlapped"] == pytest.approx(
+        max(times["compute"], times["hbm"]) + sum(times["collectives"].values())
+    )
+    assert 0 < times["mfu_not_overlapped"] < times["mfu_overlapped"] < 1
+
+
+def test_temporaries_are_parted_into_what_is_known_and_the_rest():
+    sizes = {"argument": 100, "output": 70, "alias": 60, "temp": 50}
+    analysis = SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+    found = memory(analysis, {"parameters": 60, "batch": 30}, {"gradients": 20, "activations": 40})
+    assert found == {
+        "parameters": 60,
+        "batch": 30,
+        "gradients": 20,
+        "activations": 30,  # an estimate never exceeds what the compiler needs
+        "padding": 10,
+        "temporaries": 0,
+        "results": 10,
+        "total": 160,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "origin", "products"),
+    [
+        ("splash_mha_fwd_segmented_residuals", "jit(step)/vision/groups/full/attn", 2.0),
+        ("splash_mha_fwd_segmented_residuals", "jit(step)/host.run/language/layers/attn", 2.0 * 5 / 8),
+        ("splash_mha_dkv_segmented_no_residuals", "jit(step)/vision/groups/full/attn", 4.0),
+        ("splash_mha_dq_segmented_no_residuals", "jit(step)/vision/groups/full/attn", 3.0),
+        ("something_else", "jit(step)/vision", None),
+    ],
+)
+def test_attention_kernels_are_counted_by_their_shapes(name, origin, products):
+    """Two rows, 4 heads, 2,048 tokens, 128 channels; causal kernels leave out the blocks above the diagonal."""
+    arrays = "bf16[2,4,2048,128]"
+    text = (
+        f"HloModule m\n\nENTRY %main (q: {arrays}, s: s32[2,2048,128]) -> {arrays} {{\n"
+        f"  %q = {arrays} parameter(0)\n  %s = s32[2,2048,128] parameter(1)\n"
+        f'  ROOT %y = {arrays} custom-call(%q, %s), custom_call_target="tpu_custom_call", '
+        f'metadata={{op_name="{origin}/{name}"}}\n}}\n'
+    )
+    step = next(step for step in executed(parse(text)) if step.instruction.opcode == "custom-call")
+    one = 2 * 2 * 4 * 2048 * 2048 * 128
+    assert kernel_products(step) == (None if products is None else products * one)
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.50G of 15.75G hbm.", 25.5),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (304.75G) "
+            "exceeds available HBM (95.74G).",
+            304.75,
+        ),
+        ("RESOURCE_EXHAUSTED: something else", 0),
+    ],
+)
+def test_what_a_program_that_does_not_fit_needs_is_an_outcome(message, gib):
+    def lower():
+        raise jax.errors.JaxRuntimeError(message)
+
+    program = Program("train", lower, {"parameters": ()}, Flops(1.0, 2.0, 0.0, 0.0, {}), 8, 1)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    outcome = measure(program, topology("v5p:1x1x1"), mesh)
+    assert not outcome.fits and outcome.hbm["total"] == gib * 2**30
+    assert outcome.reason and outcome.roofline is None
+    json.dumps(outcome.to_json())
+
+
+def test_another_failure_of_the_compiler_is_no_outcome():
+    def lower():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a defect")
+
+    program = Program("train", lower, {}, Flops(1.0, 2.0, 0.0, 0.0, {}), 8, 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a defect"):
+        measure(program, topology("v5p:1x1x1"), make_mesh(MeshConfig(), jax.devices()[:1]))

@@ -1,0 +1,194 @@
+"""The training step of a recipe, ready to be compiled for chips that are not here.
+
+    program = training_program(system, recipe, bucket, rows=256, mesh=mesh)
+    outcome = measure(program, topology, mesh)          # parallel/ahead_of_time.py
+
+It is the very step of `training/loop.py`: same optimizer, layouts, donation; only its arguments are shapes. A layout
+that does not fit is refused before anything is compiled, with the nearest that does.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tracevision_jax.errors import UserError
+from tracevision_jax.layers.basic import REMAT_POLICIES
+from tracevision_jax.parallel.ahead_of_time import Program, kept_for_backward, shard_bytes
+from tracevision_jax.parallel.flops import training_flops
+from tracevision_jax.parallel.mesh import AXES, BATCH_AXES, MeshConfig, batch_sharding, mesh_shape
+from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, partition_specs
+from tracevision_jax.systems.protocol import System
+from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tracevision_jax.training.parameters import merge, split_for_stage
+from tracevision_jax.training.recipe import TrainRecipe
+from tracevision_jax.training.step import create_state, make_train_step, state_shardings, total_loss
+
+STEPS = 1000
+"""Of the learning rate's schedule; it changes no cost."""
+
+
+def with_remat(config: Any, policy: str) -> Any:
+    """A configuration with every rematerialisation policy in it replaced; UserError for an unknown policy."""
+    if policy not in REMAT_POLICIES:
+        raise UserError(f"There is no remat policy '{policy}'. Known are {', '.join(REMAT_POLICIES)}.")
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return config
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        new = policy if field.name == "remat" and isinstance(value, str) else with_remat(value, policy)
+        if new is not value:
+            changes[field.name] = new
+    return dataclasses.replace(config, **changes) if changes else config
+
+
+def why_not(
+    sizes: Mapping[str, int], rows: int, accumulation: int, shapes: Any, rules: tuple[Rule, ...] = PARAMETERS
+) -> str | None:
+    """Reason why rows and parameters cannot be shared on a mesh of these sizes, or None."""
+    holders = math.prod(sizes[axis] for axis in BATCH_AXES) * accumulation
+    if rows % holders:
+        return f"{rows} rows a batch cannot be shared by data x fsdp x accumulation = {holders}"
+    try:
+        partition_specs(shapes, sizes, rules)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def meshes(devices: int, largest_tensor: int | None = None, largest_context: int = 1) -> Iterator[dict[str, int]]:
+    """All meshes of so many devices; `context` and `tensor` up to a limit."""
+    for context in _divisors(devices):
+        if context > largest_context:
+            continue
+        for tensor in _divisors(devices // context):
+            if largest_tensor is not None and tensor > largest_tensor:
+                continue
+            rest = devices // context // tensor
+            for data in _divisors(rest):
+                yield dict(zip(AXES, (data, rest // data, tensor, context), strict=True))
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def nearest_mesh(
+    asked: Mapping[str, int], devices: int, rows: int, accumulation: int, shapes: Any, rules: tuple[Rule, ...]
+) -> dict[str, int] | None:
+    """The mesh that fits and whose sizes are the fewest doublings away from those asked for; None if none fits."""
+
+    def distance(sizes: Mapping[str, int]) -> float:
+        return sum(abs(math.log2(sizes[axis] / max(asked[axis], 1))) for axis in AXES)
+
+    candidates = sorted(meshes(devices, largest_context=max(asked["context"], 1)), key=distance)
+    return next((sizes for sizes in candidates if why_not(sizes, rows, accumulation, shapes, rules) is None), None)
+
+
+def fitting_mesh(
+    config: MeshConfig,
+    devices: int,
+    rows: int,
+    accumulation: int,
+    shapes: Any,
+    rules: tuple[Rule, ...] = PARAMETERS,
+) -> MeshConfig:
+    """The mesh of a configuration on so many devices, checked.
+
+    Raises:
+        UserError: it does not fit the devices, the rows or the parameters; names the nearest that does.
+    """
+    try:
+        sizes: dict[str, int] = dict(zip(AXES, mesh_shape(config, devices), strict=True))
+        reason = why_not(sizes, rows, accumulation, shapes, rules)
+    except UserError as error:
+        sizes = {axis: max(size, 1) for axis, size in zip(AXES, config.sizes, strict=True)}
+        reason = str(error)
+    if reason is None:
+        return MeshConfig(**sizes)
+    nearest = nearest_mesh(sizes, devices, rows, accumulation, shapes, rules)
+    if nearest is None:
+        holders = max(1, devices // 2)
+        raise UserError(
+            f"{reason}\nNo mesh of {devices} chips fits {rows} rows; rows such as {holders} fit more meshes."
+        )
+    raise UserError(f"{reason}\nThe nearest mesh that fits {devices} chips and {rows} rows: {as_flags(nearest)}.")
+
+
+def as_flags(sizes: Mapping[str, int]) -> str:
+    """A mesh as flags of the command."""
+    return " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
+
+
+def training_program(
+    system: System,
+    recipe: TrainRecipe,
+    bucket: Any,
+    rows: int,
+    mesh: Mesh,
+    rules: tuple[Rule, ...] = PARAMETERS,
+) -> Program:
+    """The step on batches of `rows` rows of a bucket, on a mesh that fits (`fitting_mesh`)."""
+    optimizer = make_optimizer(recipe.optimizer, STEPS)
+    shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
+    places = parameter_shardings(shapes, mesh, rules)
+    state_shapes, frozen_shapes = jax.eval_shape(
+        lambda params: create_state(system, params, optimizer, recipe.stage, recipe.seed), shapes
+    )
+    trained_places, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
+    layout = state_shardings(state_shapes, trained_places, mesh)
+
+    def placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    state = jax.tree.map(placed, state_shapes, layout)
+    frozen = jax.tree.map(placed, frozen_shapes, frozen_places)
+    batch_shapes = system.batch_spec(bucket, rows)
+    batch = jax.tree.map(lambda leaf: placed(leaf, batch_sharding(mesh)), batch_shapes)
+    step = make_train_step(
+        system,
+        optimizer,
+        learning_rate_schedule(recipe.optimizer, STEPS),
+        accumulation=recipe.accumulation,
+        mesh=mesh,
+        state_shardings=layout,
+    )
+
+    def lower() -> Any:
+        with jax.set_mesh(mesh):
+            return step.lower(state, frozen, batch)
+
+    def loss(trained: Any, given: tuple[Any, Any]) -> jax.Array:
+        frozen, batch = given
+        sums, weights, _ = system.loss(merge(trained, frozen), system.init_state(), batch, jax.random.key(0))
+        return total_loss(system.coefficients, sums, weights)
+
+    given = (frozen_shapes, batch_shapes)
+    holders = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")) * recipe.accumulation
+    return Program(
+        name=f"train on rows of {bucket}",
+        lower=lower,
+        held={"parameters": (state.trained, frozen), "optimizer": state.optimizer, "batch": batch},
+        flops=training_flops(loss, state_shapes.trained, given, parts_of(shapes)),
+        tokens=jax.eval_shape(lambda batch: batch.filled, batch_shapes).size,
+        rows=rows,
+        kept={
+            "gradients": shard_bytes(state.trained),
+            "activations": kept_for_backward(loss, state_shapes.trained, given) // holders,
+        },
+    )
+
+
+def parts_of(shapes: Any) -> list[str]:
+    """Names of a model's parts: the first level of its parameters, or the second below one that only holds parts."""
+    names = []
+    for name, inner in shapes.items():
+        holds_parts = (
+            isinstance(inner, Mapping) and len(inner) <= 3 and all(isinstance(x, Mapping) for x in inner.values())
+        )
+        names += list(inner) if holds_parts else [name]
+    return names
