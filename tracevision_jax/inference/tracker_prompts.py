@@ -170,5 +170,4 @@ def frame_prompts(rows: Mapping[int, Said], objects: int, fitting: Fitting, mask
         labels[row, : len(places)] = [*(TOP_LEFT, BOTTOM_RIGHT)[: len(corners)], *prompt.labels.tolist()]
         if logits is not None:
             earlier[row], has_earlier[row] = logits, True
-    fields: tuple[Any, ...] = (points, labels, masks, has_mask, earlier, has_earlier)
-    return FramePrompts(*fields)
+    return FramePrompts(*(jnp.asarray(field) for field in (points, labels, masks, has_mask, earlier, has_earlier)))

@@ -88,7 +88,7 @@ def restore(path: str | Path, session: "SessionSteps") -> None:
         kinds = head["bank"]
         values = {name: arrays[f"bank.{name}"].view(jnp.dtype(kinds[name])) for name in BANK}
         slots, pointer_slots = values["memory_times"].shape[1], values["pointer_times"].shape[1]
-        kept = head["slots"]
+        kept = kinds["conditioning"]
         options = {"recent": slots - kept, "recent_pointers": pointer_slots - kept}
         empty = new_bank(session.config, len(values["memory_times"]), conditioning=kept, **options)
         memory.bank = empty.replace(**{name: jnp.asarray(value) for name, value in values.items()})  # pyright: ignore
