@@ -28,14 +28,14 @@ def draw(
     layout: Layout, config: SceneConfig, random: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, "frames height width 3"], Bool[np.ndarray, "objects frames height width"]]:
     """Draw all frames, and the mask of what is seen of every object in each."""
-    background = _background(layout.height, layout.width, config, random)
+    behind = background(layout.height, layout.width, config.backgrounds, random)
     style = random.uniform(0, 1, (len(layout.objects), 2))
     times = np.arange(config.frames) / config.frames_per_second
     centres = [layout.centres(k, times) for k in range(len(layout.objects))]
     frames = np.empty((config.frames, layout.height, layout.width, 3), np.uint8)
     masks = np.zeros((len(layout.objects), config.frames, layout.height, layout.width), bool)
     for frame in range(config.frames):
-        picture = background.copy()
+        picture = behind.copy()
         for number, thing in enumerate(layout.objects):
             x, y = centres[number][frame] * (layout.width, layout.height)
             _draw_object(picture, masks[:, frame], number, thing, x, y, style[number])
@@ -64,8 +64,9 @@ def _clouds(height: int, width: int, cells: int, random) -> Float[np.ndarray, "h
     return _stretch(cells, height) @ random.standard_normal((cells, cells), dtype=np.float32) @ _stretch(cells, width).T
 
 
-def _background(height: int, width: int, config: SceneConfig, random) -> Picture:
-    kind = config.backgrounds[int(random.integers(len(config.backgrounds)))]
+def background(height: int, width: int, kinds: tuple[str, ...], random: np.random.Generator) -> Picture:
+    """What lies behind all objects, values in [0, 1]; `kinds` are names of `config.BACKGROUNDS`, drawn evenly."""
+    kind = kinds[int(random.integers(len(kinds)))]
     first, second = TONES[random.choice(len(TONES), 2, replace=False)]
     down = np.linspace(0, 1, height, dtype=np.float32)[:, None]
     across = np.linspace(0, 1, width, dtype=np.float32)[None, :]
@@ -116,20 +117,27 @@ def _draw_object(picture: Picture, masks, number: int, thing: SceneObject, x: fl
     crop = picture[top:bottom, left:right]
     crop *= (1 - 0.35 * np.clip(0.5 - shadow * 4, 0, 1))[..., None]
     coverage = np.clip(0.5 - distance * radius, 0, 1)[..., None]
-    crop += coverage * (_surface(thing, xs, ys, distance, style) - crop)
+    crop += coverage * (surface(thing, xs, ys, distance, style) - crop)
     seen = distance < 0
     masks[:number, top:bottom, left:right] &= ~seen
     masks[number, top:bottom, left:right] = seen
 
 
-def _surface(thing: SceneObject, xs, ys, distance, style) -> Picture:
-    """The object's own colours: texture, light from the top left, and a darker rim."""
+def surface(thing: SceneObject, xs, ys, distance, style) -> Picture:
+    """The object's own colours: texture, light from the top left, and a darker rim.
+
+    Args:
+        thing: what is drawn.
+        xs, ys: row (1, width) and column (height, 1) of places, in units of the object's radius from its centre.
+        distance: signed distances at these places, see `shapes.signed_distance`.
+        style: two numbers in [0, 1] that move the texture.
+    """
     rgb = np.array(thing.rgb, np.float32)
     light = 1.0 - 0.09 * (xs + ys)
     light = light * (1 - 0.28 * np.clip(1.5 + distance * np.float32(thing.radius_px), 0, 1))
-    surface = light[..., None] * rgb
+    plain = light[..., None] * rgb
     if thing.texture == "plain":
-        return surface
+        return plain
     tone = np.float32(thing.radius_px)
     if thing.texture == "striped":
         angle = np.float32(style[0] * np.pi)
@@ -144,4 +152,4 @@ def _surface(thing: SceneObject, xs, ys, distance, style) -> Picture:
     # Bright colours get a darker pattern, dark ones a lighter one; the named colour stays the main one.
     bright = rgb.mean() > 0.55
     other = rgb * np.float32(0.55) if bright else rgb + (1 - rgb) * np.float32(0.6)
-    return surface + (pattern[..., None] * light[..., None]) * (other - rgb)
+    return plain + (pattern[..., None] * light[..., None]) * (other - rgb)

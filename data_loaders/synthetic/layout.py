@@ -83,7 +83,7 @@ def make_layout(config: SceneConfig, random: np.random.Generator) -> Layout:
                 shape=config.shapes[pair % len(config.shapes)],
                 size=size,
                 texture=_texture(config, random),
-                rgb=_vary(COLOURS[colour], config.palette_variation, random),
+                rgb=vary(COLOURS[colour], config.palette_variation, random),
                 radius_px=radius,
                 angle=random.uniform(-0.2, 0.2),
                 centre_px=(x, y),
@@ -126,7 +126,7 @@ def _texture(config: SceneConfig, random) -> str:
     return others[int(random.integers(len(others)))]
 
 
-def _vary(rgb: tuple[int, int, int], amount: float, random) -> tuple[float, float, float]:
+def vary(rgb: tuple[int, int, int], amount: float, random) -> tuple[float, float, float]:
     """The colour a little brighter or darker, with a little tint; values 0 to 1."""
     brightness = 1 + random.uniform(-amount, amount)
     tint = random.uniform(-amount, amount, 3) / 2

@@ -1,0 +1,52 @@
+"""SAM 2 at the smallest size that has all its parts, and a batch of clips for it."""
+
+import numpy as np
+
+from data_loaders.synthetic.videos import SyntheticVideos
+from data_loaders.synthetic.videos_config import VideoConfig
+from tracevision_jax.hosts.sam_presets import SegmentAnythingConfig
+from tracevision_jax.records.clips import Clip, ClipBatch, ClipBucket, collate
+from tracevision_jax.segmentation.sam_config import HeadsConfig, MaskDecoderConfig, MemoryConfig, PromptEncoderConfig
+from tracevision_jax.systems.sam2 import PromptingConfig, Sam2
+from tracevision_jax.vision.sam_config import HieraConfig
+
+SIDE, FRAMES, WIDTH = 32, 4, 16
+BUCKET = ClipBucket(FRAMES, 2, SIDE)
+PROMPTING = PromptingConfig(clicks=2)
+
+CONFIG = SegmentAnythingConfig(
+    HieraConfig(width=8, blocks=(1, 1, 1, 1), windows=(4, 2, 2, 1), global_blocks=(2,), background=2, fpn_width=WIDTH),
+    HeadsConfig(
+        PromptEncoderConfig(width=WIDTH, image_size=SIDE, mask_channels=4),
+        MaskDecoderConfig(width=WIDTH, heads=2, mlp_width=16, layers=1, iou_hidden=8),
+        MemoryConfig(
+            width=WIDTH,
+            memory_width=8,
+            frames=3,
+            max_pointers=3,
+            fuser_layers=1,
+            fuser_kernel=3,
+            fuser_hidden=16,
+            layers=1,
+            mlp_width=16,
+        ),
+    ),
+)
+
+
+def tiny_sam2(prompting: PromptingConfig = PROMPTING) -> Sam2:
+    """The system."""
+    return Sam2(CONFIG, prompting)
+
+
+def clip_batch(frames: int = FRAMES) -> ClipBatch:
+    """Three clips, of two objects, of one, and of one whose last frame is missing, and a row of padding."""
+    videos = SyntheticVideos(0, 3, VideoConfig(height=SIDE, width=SIDE, frames=frames, objects=(2, 2), posts=(0, 0)))
+
+    def clip(index: int, objects: int, length: int) -> Clip:
+        video = videos.video(index)
+        seen = np.argsort(~video.visible[0], kind="stable")[:objects]
+        return Clip(str(index), video.frames[:length], np.moveaxis(video.masks[:length, seen], 1, 0))
+
+    rows = [clip(0, 2, frames), clip(1, 1, frames), clip(2, 1, max(frames - 1, 1)), None]
+    return collate(rows, ClipBucket(frames, 2, SIDE))
