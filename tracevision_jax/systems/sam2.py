@@ -246,7 +246,7 @@ class Sam2:
         empty_point = jnp.where(first, labels, labels.at[:, :, 0].set(NOT_A_POINT))
         before = self._attempt(params, maps, conditioned, Prompts(points, empty_point), truth)
         wanted = shrunk(truth, self.prompting.loss_stride)
-        matched = overlap(resize_masks(before.outcome.masks, (len(wanted[0, 0]),) * 2) > 0, wanted >= 0.5)
+        matched = overlap(resize_masks(before.outcome.masks, (wanted.shape[-2], wanted.shape[-1])) > 0, wanted >= 0.5)
         clicked = prompting.by_points & corrected
         after = self._corrected(params, maps, conditioned, before, Prompts(points, labels), truth, clicked, clicking)
         # A mask that the user gave is the answer, and teaches nothing.
