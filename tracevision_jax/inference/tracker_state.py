@@ -101,7 +101,7 @@ def read_note(path: str | Path) -> Any:
 
 def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = dict(file)
         return arrays, json.loads(arrays["head"].tobytes())
     except OSError as error:
