@@ -91,6 +91,17 @@ def test_a_linked_trajectory_names_each_phrase_before_the_points_of_its_time(voc
     assert len(places) == 2 and seekers.sum() == 6, "every coordinate seeks the place of its phrase"
 
 
+def test_phrases_share_the_points_of_a_linked_trajectory_evenly(vocabulary, picture):
+    linked = Processor(vocabulary, dataclasses.replace(CONFIG, linked=True, max_points=4))
+    said = "A red circle. A star."
+    words = tuple(TimedWord(text, 0.1 * k, 0.1 * (k + 1)) for k, text in enumerate(said.split()))
+    times = np.linspace(0.0, 0.5, 20)
+    trace = TracePart(np.stack([times, times, times], 1), words)
+    first, second = linked.links(trace, picture.size)
+    assert len(first.points) == len(second.points) == 2
+    assert first.points[0, 2] == 0.0 and first.points[1, 2] < 0.3 <= second.points[0, 2] and second.points[1, 2] == 0.5
+
+
 def test_visual_tokens_run_over_the_picture_in_raster_order(processor, picture):
     """Unit k of the picture has grey 16 k; patches of the unit that a token names must have that grey."""
     piece = processor.piece(picture, [Conversation("plain_caption", (user("?"), assistant("a")))])

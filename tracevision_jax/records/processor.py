@@ -139,14 +139,28 @@ class Processor:
         return [*self.vocabulary.marked(phrase), self.vocabulary.special("<|box_start|>")]
 
     def links(self, trace: TracePart, size: tuple[int, int]) -> list[Link]:
-        """Keypoints of an answer's trace, phrase by phrase where the configuration says so and words are known."""
-        points = self.keypoints(trace, size)
-        return link(points, trace.words, self.phrases) if self.config.linked and trace.words else [Link("", points)]
+        """Keypoints of an answer's trace, phrase by phrase where the configuration says so and words are known.
+
+        Phrases share `max_points` evenly, so that how long each part goes on is no matter of chance.
+        """
+        if not (self.config.linked and trace.words):
+            return [Link("", self.keypoints(trace, size))]
+        links = link(self._simplified(trace, size), trace.words, self.phrases)
+        share = max(self.config.max_points // len(links), 1)
+        return [Link(phrase, thinned(points, share)) for phrase, points in links]
 
     def keypoints(self, trace: TracePart, size: tuple[int, int]) -> np.ndarray:
         """Check, simplify and, where still too long, thin a trace evenly to `max_points`; (points, 3)."""
+        return thinned(self._simplified(trace, size), self.config.max_points)
+
+    def _simplified(self, trace: TracePart, size: tuple[int, int]) -> np.ndarray:
         points = check_trace(trace.points)
         points = simplify_trace(points, trace.words, size, self.config.simplification, self.phrases)
-        if len(points) > self.config.max_points:
-            points = points[np.linspace(0, len(points) - 1, self.config.max_points).round().astype(int)]
         return np.concatenate([np.clip(points[:, :2], 0.0, 1.0), points[:, 2:]], 1)
+
+
+def thinned(points: np.ndarray, most: int) -> np.ndarray:
+    """Points (n, 3), of too many an even choice; of two or more the first and the last stay."""
+    if len(points) <= most:
+        return points
+    return points[np.linspace(0, len(points) - 1, most).round().astype(int)]
