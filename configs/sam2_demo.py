@@ -23,14 +23,14 @@ from tracevision_jax.vision.sam_config import HieraConfig
 
 HELD_OUT_SEED = 1_000_003
 SIDE_PX, FRAMES, OBJECTS = 96, 8, 2
-CLIPS, STEPS = 8, 1800
+CLIPS, STEPS = 8, 1400
 WIDTH = 64
 
 VIDEOS = VideoConfig(height=SIDE_PX, width=SIDE_PX, frames=FRAMES)
 
 MODEL = SegmentAnythingConfig(
     HieraConfig(
-        width=24,
+        width=16,
         heads=1,
         blocks=(1, 1, 2, 1),
         windows=(8, 4, 6, 3),

@@ -23,7 +23,7 @@ HEIGHT, BREADTH = 24, 40
 def config() -> SegmentAnythingConfig:
     """2 x 2 cells, masks of 8 x 8."""
     hiera = HieraConfig(8, 1, (1, 1, 1, 1), (8, 4, 2, 2), (2,), 7, 2, fpn_width=WIDTH)
-    prompts = PromptEncoderConfig(width=WIDTH, image_size=SIDE_PX, mask_channels=4)
+    prompts = PromptEncoderConfig(width=WIDTH, image_size=SIDE_PX, mask_channels=8)
     decoder = MaskDecoderConfig(
         width=WIDTH,
         heads=2,

@@ -99,7 +99,6 @@ def test_every_part_is_counted_by_real_frames_of_real_objects(result):
     assert all(np.isfinite(float(value)) for value in sums.values()) and float(total) > 0
 
 
-@pytest.mark.xfail(strict=True, reason="open: a mask prompt's pointer gives prompt_encoder/mask_embed no gradient yet")
 def test_every_parameter_learns_but_the_inert_ones(result, key):
     """Those of present objects where objects seem present, those of absent ones where they do not."""
     _, params, run = programs()

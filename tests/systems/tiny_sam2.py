@@ -17,7 +17,7 @@ PROMPTING = PromptingConfig(clicks=2)
 CONFIG = SegmentAnythingConfig(
     HieraConfig(width=8, blocks=(1, 1, 1, 1), windows=(4, 2, 2, 1), global_blocks=(2,), background=2, fpn_width=WIDTH),
     HeadsConfig(
-        PromptEncoderConfig(width=WIDTH, image_size=SIDE, mask_channels=4),
+        PromptEncoderConfig(width=WIDTH, image_size=SIDE, mask_channels=8),
         MaskDecoderConfig(width=WIDTH, heads=2, mlp_width=16, layers=1, iou_hidden=8),
         MemoryConfig(
             width=WIDTH,

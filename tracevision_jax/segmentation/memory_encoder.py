@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from tracevision_jax.layers.basic import kernel_init, precision, projection
-from tracevision_jax.layers.convolution import Depthwise
+from tracevision_jax.layers.basic import precision, projection
+from tracevision_jax.layers.convolution import Depthwise, Halving
 from tracevision_jax.layers.vit import layer_norm
 from tracevision_jax.segmentation.sam_config import MemoryConfig
 
@@ -43,15 +43,7 @@ class MaskDownsampler(nn.Module):
         c = self.config
         x = masks[..., None]
         for index in range(round(math.log2(c.mask_stride))):
-            x = nn.Conv(
-                4 ** (index + 1),
-                (3, 3),
-                strides=2,
-                padding=1,
-                kernel_init=kernel_init,
-                name=f"layers_{index}_conv",
-                **precision(c),
-            )(x)
+            x = Halving(4 ** (index + 1), name=f"layers_{index}_conv", **precision(c))(x)
             x = nn.gelu(layer_norm(f"layers_{index}_layer_norm", NORM_EPS, **precision(c))(x), approximate=False)
         return projection("final_conv", c.width, **precision(c))(x)
 

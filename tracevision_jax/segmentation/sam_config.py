@@ -37,10 +37,11 @@ class PromptEncoderConfig:
                 f"prompt encoder: pictures of {self.image_size} px must be a multiple of the stride, {self.stride}, "
                 "and that one of 4"
             )
-        if self.width % 2 or self.mask_channels % 4:
+        # The first of the mask's two norms has a quarter of the channels; over a single one it would forget the mask.
+        if self.width % 2 or self.mask_channels % 4 or self.mask_channels < 8:
             raise UserError(
                 f"prompt encoder: the width, {self.width}, must be even and the mask channels, {self.mask_channels}, "
-                "a multiple of 4"
+                "a multiple of 4 from 8 on"
             )
 
     @property
