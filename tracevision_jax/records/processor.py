@@ -138,6 +138,10 @@ class Processor:
         """What an answer begins with that has to locate a phrase: the phrase, and the opening of its box."""
         return [*self.vocabulary.marked(phrase), self.vocabulary.special("<|box_start|>")]
 
+    def phrase_beginning(self) -> list[int]:
+        """What an answer begins with that has to name things, each before its mask."""
+        return [self.vocabulary.special("<|object_ref_start|>")]
+
     def links(self, trace: TracePart, size: tuple[int, int]) -> list[Link]:
         """Keypoints of an answer's trace, phrase by phrase where the configuration says so and words are known.
 
