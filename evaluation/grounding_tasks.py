@@ -40,7 +40,7 @@ class ReferBox:
                 sample,
                 templates.locate(region.phrase, None),
                 {"phrase": region.phrase, "truth": region.box[0].tolist()},
-                begins=functools.partial(Processor.box_beginning, phrase=region.phrase),
+                outline=functools.partial(Processor.box_beginning, phrase=region.phrase),
             )
             for number, region in enumerate(sample.regions)
             if np.isfinite(region.box[0]).all()
@@ -116,7 +116,7 @@ class TraceSegment:
                 f"{sample.id} {number}",
                 sample,
                 without_words(asked) if self.blind else asked,
-                begins=Processor.phrase_beginning if _begins_with_phrase(asked) else None,
+                outline=Processor.phrase_beginning if _begins_with_phrase(asked) else None,
             )
             for number, asked in enumerate(conversations)
         ]

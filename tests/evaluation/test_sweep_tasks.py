@@ -194,12 +194,12 @@ def test_true_masks_score_one_and_none_scores_nothing(task, samples):
 def test_what_a_trace_rests_on_is_named_first_where_the_true_answer_does_so(samples):
     processor = tiny.processor()
     (prompt, *_) = TraceSegment().prompts(samples, 0)
-    assert prompt.begins is not None
-    assert processor.vocabulary.decode(prompt.begins(processor)) == "<|object_ref_start|>"
+    assert prompt.outline is not None
+    assert processor.vocabulary.decode(prompt.outline(processor)) == "<|object_ref_start|>"
     spoken = Turn("assistant", ("Here: ", *prompt.conversation.turns[-1].parts))
     question = Question((*prompt.conversation.turns[:-1], spoken), "trace_segment")
     (prompt,) = TraceSegment().prompts(Reworded([dataclasses.replace(samples[0], questions=(question,))]), 0)
-    assert prompt.begins is None
+    assert prompt.outline is None
 
 
 def test_masks_of_a_video_are_compared_at_the_frames_that_were_shown():

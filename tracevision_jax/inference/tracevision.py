@@ -87,7 +87,7 @@ class TraceVisionInference:
     ) -> Answer:
         """Where the gaze would go while a caption is spoken; `.points` always holds at least one point."""
         sample = self.read(image, frames_per_second)
-        force = self.processor.trajectory_beginning(caption)
+        force = self.processor.trajectory_outline(caption)
         asked = templates.predict_trace(caption, None)
         return self.ask(sample, asked, force=force, max_new_tokens=max_new_tokens, sampling=sampling)
 
