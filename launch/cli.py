@@ -57,6 +57,10 @@ GROUPS: dict[str, dict[str, Command]] = {
             "start the processes of a run on this host; end all when one dies, with one message",
             "tracevision supervise --processes 8 -- tracevision train tracevision_7b_stage1 --mesh.fsdp 8",
         ),
+        "launch": Command(
+            "write what starts a recipe on a cluster: SLURM, GKE, XPK or TPU VM",
+            "tracevision launch slurm tracevision_7b_stage1 --nodes 2 -- --out /data/runs/s1 --mesh.fsdp 16",
+        ),
         "compile": Command(
             "what a recipe needs and takes on chips that are not here: memory, FLOPs, collectives, step time",
             "tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4",

@@ -6,9 +6,11 @@ code of the cause. `verdict` has the rules. It imports no jax, and is told nothi
 are `launch/train.py`'s.
 """
 
+import contextlib
 import ctypes
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -82,6 +84,8 @@ def run(args: Args) -> int:
     command = list(args.command)
     if command[0] == "tracevision":
         command = [sys.executable, "-m", "launch", *command[1:]]
+    if shutil.which(command[0]) is None:
+        raise UserError(f"there is no command '{command[0]}' to run.")
     code, message = Group(command, environments(args), args.grace, args.node * args.processes).run()
     if message:
         print(f"tracevision supervise: {message}", file=sys.stderr, flush=True)
@@ -243,14 +247,18 @@ class Group:
         return f"{missing} of the processes did not end within {self.grace:g} s" if missing and not self.deaths else ""
 
     def _show_held(self, until: float = float("inf")) -> None:
-        """Show error output that came before `until`; after a death only that of the first to die."""
-        cause = min(self.deaths, key=lambda number: self.deaths[number]) if self.deaths else None
-        everything = cause is None or os.environ.get("TRACEVISION_DEBUG", "0") not in ("", "0")
+        """Show error output that came before `until`.
+
+        After a death: what the first to die said, and of the others what they said before, if it is not the same.
+        """
+        cause = min(self.deaths, key=lambda number: self.deaths[number]) if self.deaths else -1
+        everything = cause < 0 or os.environ.get("TRACEVISION_DEBUG", "0") not in ("", "0")
+        said = {line for _, number, line in self.held if number == cause}
         kept = []
         for moment, number, line in self.held:
             if moment > until:
                 kept.append((moment, number, line))
-            elif everything or number == cause or moment < self.deaths[cause]:  # type: ignore[index]
+            elif everything or number == cause or (moment < self.deaths[cause] and line not in said):
                 self._write(sys.stderr, number, line)
         self.held = kept
 
@@ -263,10 +271,8 @@ class Group:
         """Kill what still runs, with the groups' data workers, and take the last lines."""
         for number, process in enumerate(self.processes):
             alive = process.poll() is None
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             if alive:
                 self.ends.setdefault(number, End(-signal.SIGKILL, time.monotonic(), by_us=True))
             process.wait()

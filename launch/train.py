@@ -3,8 +3,8 @@
 The folder of the run (--out, by default runs/NAME) gets checkpoints/, model/, metrics.jsonl,
 bad_records.jsonl and tensorboard/. A run that was stopped, in whatever way, continues with the same command.
 
-Started several times by a launcher (SLURM, GKE, `tracevision supervise`, ...: docs/launching.md) the processes find each
-other, compare what they are about to do, and train together; the first one speaks.
+Started several times by a launcher (SLURM, GKE, `tracevision supervise`, ...: docs/launching.md) the processes find
+each other, compare what they are about to do, and train together; the first one speaks.
 """
 
 import signal

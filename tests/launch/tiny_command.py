@@ -7,6 +7,9 @@ Used by `test_processes.py` and `test_templates.py`, as programs of their own an
 
 import sys
 
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would import it, which takes seconds
+
 import numpy as np
 
 from configs import registry

@@ -52,9 +52,9 @@ def connect(environment: Mapping[str, str] = os.environ) -> None:
         if isinstance(error, ValueError) and NO_LAUNCHER in str(error):
             return
         raise UserError(
-            f"The processes of this run did not find each other: {error}. Check that process 0 runs and that its address "
-            f"and port can be reached from all hosts; or name them with {COORDINATOR}, {PROCESSES} and {PROCESS}. "
-            f"To train on this host alone set {PROCESSES}=1."
+            f"The processes of this run did not find each other: {error}. Check that process 0 runs and that its "
+            f"address and port can be reached from all hosts; or name them with {COORDINATOR}, {PROCESSES} and "
+            f"{PROCESS}. To train on this host alone set {PROCESSES}=1."
         ) from error
 
 
@@ -113,8 +113,8 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     if sum(map(len, shares)) != holders or len({len(share) for share in shares}) != 1:
         sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         raise UserError(
-            f"A mesh of {sizes} gives {len(rows)} processes rows that overlap in part; choose sizes of tensor and context "
-            "that divide the devices of a process, or are multiples of them."
+            f"A mesh of {sizes} gives {len(rows)} processes rows that overlap in part; choose sizes of tensor and "
+            "context that divide the devices of a process, or are multiples of them."
         )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
