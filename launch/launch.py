@@ -282,7 +282,7 @@ def check_fits(recipe: Any, devices: int) -> None:
     from tracevision_jax.training.recipe import check
 
     check(recipe)
-    mesh: Any = AbstractMesh(mesh_shape(recipe.mesh, devices), AXES)
+    mesh = AbstractMesh(mesh_shape(recipe.mesh, devices), AXES)
     for rows in recipe.rows:
         check_rows(rows, recipe.accumulation, mesh)
 

@@ -22,6 +22,9 @@ from tracevision_jax.training.recipe import CheckpointConfig, DataConfig, Source
 
 STEPS = 24
 
+if __name__ == "__main__":
+    del sys.modules["torch"]
+
 
 def data_of(recipe, system, opened):
     """Rows of random tokens; two records are bad."""

@@ -2,7 +2,7 @@
 
     connect()                          # before anything else of jax; nothing happens without a launcher
     share, shares = share_of_rows(mesh)
-    together("saved")                  # waits for all
+    step = of_first(newest_step())     # one decides
 
 `connect` takes what the environment says, in this order:
 1. JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID, and for several processes on a
@@ -21,9 +21,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.parallel.mesh import batch_sharding
+from tracevision_jax.parallel.mesh import AXES
 
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 NO_LAUNCHER = "coordinator_address should be defined"
@@ -98,30 +99,30 @@ def read_explicit(environment: Mapping[str, str]) -> tuple[str, int, int] | None
 
 
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
-    """(which share of each batch this process makes, number of shares).
+    """(which share of each batch this process makes, number of shares); UserError as `share_of`."""
+    numbers = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    return share_of(numbers, jax.process_index())
 
-    Processes whose devices hold the same rows (an axis of slices of tensors or tokens spans them) make the same share.
+
+def share_of(numbers: Int[np.ndarray, "data fsdp tensor context"], process: int) -> tuple[int, int]:
+    """(which share of each batch a process makes, number of shares), from the process of every device of a mesh.
+
+    Rows lie along the first two axes. Processes whose devices hold the same rows (a slice of tensors or tokens spans
+    them) make the same share.
 
     Raises:
         UserError: the mesh gives a process a part of the rows of another.
     """
-    holders = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows: dict[int, set[int]] = {}
-    for device, (piece, *_) in batch_sharding(mesh).devices_indices_map((holders,)).items():
-        rows.setdefault(device.process_index, set()).update(range(holders)[piece])
-    shares = sorted({tuple(sorted(held)) for held in rows.values()})
-    if sum(map(len, shares)) != holders or len({len(share) for share in shares}) != 1:
-        sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    lines = numbers.reshape(numbers.shape[0] * numbers.shape[1], -1)
+    rows = {int(number): tuple(np.flatnonzero((lines == number).any(1))) for number in np.unique(numbers)}
+    shares = sorted(set(rows.values()))
+    if sum(map(len, shares)) != len(lines) or len({len(share) for share in shares}) != 1:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, numbers.shape, strict=True))
         raise UserError(
             f"A mesh of {sizes} gives {len(rows)} processes rows that overlap in part; choose sizes of tensor and "
             "context that divide the devices of a process, or are multiples of them."
         )
-    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
-
-
-def together(reached: str) -> None:
-    """Wait until all processes have come here; `reached` says where that is, in case they have not."""
-    multihost_utils.sync_global_devices(reached)
+    return shares.index(rows[process]), len(shares)
 
 
 def of_first(value: int) -> int:
