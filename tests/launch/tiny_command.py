@@ -2,7 +2,7 @@
 
     python -m tests.launch.tiny_command train tiny --out FOLDER
 
-Used by `test_processes.py` and `test_templates.py`, as programs of their own and as `register`.
+Used by `test_processes.py`, as a program of its own and by `register`.
 """
 
 import sys
@@ -20,7 +20,7 @@ from tests.training.train_tiny import Records, collate, make_row
 from tracevision_jax.training.optimizer import OptimizerConfig
 from tracevision_jax.training.recipe import CheckpointConfig, DataConfig, SourceEntry, TrainRecipe
 
-STEPS = 24
+STEPS = 16
 
 if __name__ == "__main__":
     del sys.modules["torch"]
@@ -48,7 +48,7 @@ def register() -> None:
             rows=(8,),
             steps=STEPS,
             optimizer=OptimizerConfig(learning_rate=1e-2),
-            checkpoint=CheckpointConfig(every=6, keep=2),
+            checkpoint=CheckpointConfig(every=4, keep=2),
         )
     )
 
