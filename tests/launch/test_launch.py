@@ -14,7 +14,7 @@ from tests.launch.test_train import tiny  # noqa: F401 - the registry with the r
 from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.topologies import CHIPS
 
-OUT = ["--", "--out", "/data/runs/it's first", "--rows", "256"]
+OUT = ["--", "--out", "/data/runs/it's first", "--rows", "512"]
 """A folder that must be quoted everywhere."""
 GKE = ["gke", "tiny_numbers", "--image", "registry/image:1", "--claim", "shared"]
 XPK = ["xpk", "tiny_numbers", "--image", "i", "--cluster", "c", "--project", "p", "--zone", "z"]

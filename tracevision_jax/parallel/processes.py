@@ -27,8 +27,18 @@ from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.mesh import AXES
 
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+LAUNCHED = (
+    "SLURM_STEP_NODELIST",
+    "OMPI_COMM_WORLD_SIZE",
+    "JOB_COMPLETION_INDEX",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_PROCESS_ADDRESSES",
+)
+"""What launchers leave in the environment."""
 NO_LAUNCHER = "coordinator_address should be defined"
 """What jax says when no launcher is there."""
+TOO_LATE = "must be called before"
+"""What it says in a program that has computed something already; with no launcher in sight that is its own affair."""
 
 
 class AgreedError(UserError):
@@ -50,7 +60,8 @@ def connect(environment: Mapping[str, str] = os.environ) -> None:
         else:
             jax.distributed.initialize()
     except Exception as error:
-        if isinstance(error, ValueError) and NO_LAUNCHER in str(error):
+        nobody = not any(name in environment for name in (COORDINATOR, *LAUNCHED))
+        if NO_LAUNCHER in str(error) or (TOO_LATE in str(error) and nobody):
             return
         raise UserError(
             f"The processes of this run did not find each other: {error}. Check that process 0 runs and that its "
