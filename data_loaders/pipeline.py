@@ -29,6 +29,9 @@ from tracevision_jax.records.sample import BadRecord
 from tracevision_jax.systems.protocol import Batch, Bucket
 from tracevision_jax.training.source import BadRecordReport, StepBatch
 
+LINGER_SECONDS = 60.0
+"""How long a worker goes on after SIGTERM."""
+
 Row = Any
 MakeRow = Callable[[list[Any]], Row]
 """Samples packed into a row -> the row; an empty list gives an empty row."""
@@ -121,10 +124,18 @@ class Pipeline:
 def start_worker(worker: int, workers: int) -> None:
     """Set up a worker process: it keeps off accelerators, and ends when the training process does.
 
-    Ctrl-C reaches the workers as well; they go on, since the training process finishes its step first.
+    Ctrl-C and SIGTERM may reach the workers as well; they go on, since the training process finishes its step first
+    and then ends them (within a minute: what ends a process also sends it SIGTERM).
     """
+
+    def end_later(*_: object) -> None:
+        timer = threading.Timer(LINGER_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
     with contextlib.suppress(ValueError):  # only the main thread may say so
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, end_later)
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
     parent = multiprocessing.parent_process()

@@ -8,7 +8,8 @@ A sub-command NAME is the module `launch/NAME.py`, imported only when it is call
   then reads overrides of its fields); `parse_with_tyro` serves it as well.
 
 A module imports jax inside `run`, so that help and mistakes in flags take no time. Exit codes: 0; 1 for a
-defect (with a traceback); 2 for a mistake of the user (one message); 130 when interrupted.
+defect (with a traceback); 2 for a mistake of the user (one message); 130 when interrupted; 75 when training was told to
+stop by SIGTERM and has saved.
 `TRACEVISION_DEBUG=1` shows every traceback.
 """
 
@@ -51,6 +52,14 @@ GROUPS: dict[str, dict[str, Command]] = {
         "train": Command(
             "train a recipe of configs/, or continue it; any field is a flag",
             "tracevision train tracevision_7b_stage1 --init-from checkpoints/qwen7b --mesh.fsdp 64",
+        ),
+        "supervise": Command(
+            "start the processes of a run on this host; end all when one dies, with one message",
+            "tracevision supervise --processes 8 -- tracevision train tracevision_7b_stage1 --mesh.fsdp 8",
+        ),
+        "launch": Command(
+            "write what starts a recipe on a cluster: SLURM, GKE, XPK or TPU VM",
+            "tracevision launch slurm tracevision_7b_stage1 --nodes 2 -- --out /data/runs/s1 --mesh.fsdp 16",
         ),
         "compile": Command(
             "what a recipe needs and takes on chips that are not here: memory, FLOPs, collectives, step time",

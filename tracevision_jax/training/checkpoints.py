@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from tracevision_jax.parallel.processes import of_first
 from tracevision_jax.weights import hashes
 
 NAME = re.compile(r"step_(\d{8,})")
@@ -57,8 +58,13 @@ class Checkpoints:
     def latest(self, until: int | None = None) -> int | None:
         """Step of the newest checkpoint, of none after `until`, whose files are as they were written.
 
-        Damaged ones are put aside.
+        Damaged ones are put aside. With several processes the first looks and decides.
         """
+        found = of_first(self._newest_whole(until) if self._primary else -1)
+        return None if found < 0 else found
+
+    def _newest_whole(self, until: int | None) -> int:
+        """See `latest`; -1 when there is none."""
         for step in reversed([step for step in self.steps() if until is None or step <= until]):
             damage = hashes.faults(self.path(step))
             if not damage:
@@ -67,10 +73,9 @@ class Checkpoints:
             self.report(f"Checkpoint of step {step} is damaged and put aside as {aside.name}:")
             for line in damage:
                 self.report(f"  {line}")
-            if self._primary:
-                shutil.rmtree(aside, ignore_errors=True)
-                self.path(step).rename(aside)
-        return None
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path(step).rename(aside)
+        return -1
 
     def restore(self, shapes: Any, step: int) -> Any:
         """Read the tree that was saved at a step.

@@ -90,6 +90,11 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
+def bad_records_name(process: int) -> str:
+    """File of the bad records that a process met."""
+    return f"bad_records_{process}.jsonl" if process else "bad_records.jsonl"
+
+
 def mean_of_lines(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean loss and parts of some lines of `metrics.jsonl`, so that one batch does not decide what is shown."""
     values: dict[str, list[float]] = defaultdict(list)
@@ -100,7 +105,11 @@ def mean_of_lines(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 class Journal:
-    """Writes everything that a run tells; one per process, silent on all but the first."""
+    """Writes everything that a run tells; one per process, silent on all but the first.
+
+    Every process makes rows of its own, so each writes its own list of bad records: `bad_records.jsonl` the first,
+    `bad_records_1.jsonl` the next.
+    """
 
     def __init__(self, directory: Path, console: Console, steps: int, start: int, log_every: int):
         """Continue the files of `directory` after `start` of `steps` steps."""
@@ -112,13 +121,17 @@ class Journal:
         self.bad_reasons: Counter[str] = Counter()
         self.rate: float | None = None
         directory.mkdir(parents=True, exist_ok=True)
-        metrics, bad = directory / "metrics.jsonl", directory / "bad_records.jsonl"
+        metrics, bad = directory / "metrics.jsonl", directory / bad_records_name(jax.process_index())
         self.lines: list[dict[str, Any]] = []
         if primary:
             self.lines = [line for line in keep_until(metrics, start) if line["kind"] == "train"]
-            keep_until(bad, start)
+            now = {bad_records_name(number) for number in range(jax.process_count())}
+            for left in directory.glob("bad_records*.jsonl"):
+                if left.name not in now:  # of a start with more processes
+                    keep_until(left, start)
+        keep_until(bad, start)
         self.before = self.lines[-1] if self.lines else {"tokens": 0, "seconds": 0.0}
-        files = (metrics, bad) if primary else (Path(os.devnull),) * 2
+        files = (metrics if primary else Path(os.devnull), bad)
         self.metrics_file, self.bad_file = (path.open("a", buffering=1) for path in files)
         self.board = SummaryWriter(
             str(directory / "tensorboard"), purge_step=start + 1 if start else None, write_to_disk=primary

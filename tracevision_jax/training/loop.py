@@ -8,8 +8,9 @@ checkpoint, and ends in the very same bits as a run that was never stopped (same
 The host waits for a step only after it has sent the next one to the device.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,9 @@ def fit(
     run = Run(system, recipe, source, mesh, optimizer, Path(directory).absolute())
     checkpoints = Checkpoints(run.directory / "checkpoints", recipe.checkpoint.keep, lambda line: say(console, line))
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), Interruption() as interruption:  # to the last save: a second SIGTERM must not cut it
             state, frozen = _start(run, checkpoints, rules, console)
-            return _train(run, state, frozen, checkpoints, evaluators or {}, folders or {}, console)
+            return _train(run, state, frozen, checkpoints, evaluators or {}, folders or {}, console, interruption)
     finally:
         checkpoints.close()
 
@@ -186,6 +187,7 @@ def _train(
     evaluators: Mapping[str, Evaluator],
     folders: Mapping[str, Callable[[Path], None]],
     console: Console,
+    interruption: Interruption,
 ) -> Summary:
     """Take the steps that are left, then export."""
     recipe, steps = run.recipe, run.source.steps
@@ -203,8 +205,9 @@ def _train(
     clock = _Clock(journal, int(state.health.rejected))
     backs, empty, compiled, saved, evaluated, done = 0, 0, set(), start if start else -1, -1, start
     try:
-        with Interruption() as interruption:
-            for item, batch in on_device(run.source.batches(start), run.mesh, clock):
+        # Closing it ends the data workers, also when a step fails.
+        with contextlib.closing(on_device(run.source.batches(start), run.mesh, clock)) as batches:
+            for item, batch in batches:
                 new = item.bucket not in compiled
                 if new:
                     compiled.add(item.bucket)
@@ -237,7 +240,7 @@ def _train(
                 if recipe.checkpoint.every and done % recipe.checkpoint.every == 0:
                     checkpoints.save(done, {"state": state, "frozen": frozen}, run.meta())
                     saved = done
-                if interruption.signal is not None:
+                if interruption.reached(done):
                     break
         clock.drain()
         stopped = interruption.signal.name if interruption.signal and done < steps else ""
@@ -334,7 +337,7 @@ class _Clock:
         self.last = now
 
 
-def on_device(batches: Iterator[StepBatch], mesh: Mesh, clock: _Clock) -> Iterator[tuple[StepBatch, Any]]:
+def on_device(batches: Iterator[StepBatch], mesh: Mesh, clock: _Clock) -> Generator[tuple[StepBatch, Any], None, None]:
     """Send each batch to the devices while the step before it still runs."""
     sharding = batch_sharding(mesh)
     while True:
