@@ -64,6 +64,9 @@ def test_an_explicit_start_that_is_incomplete_is_refused(change, said):
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, True),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, False),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "TPU_WORKER_HOSTNAMES": "a,b"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, False),
     ],
 )
 def test_who_is_alone_is_told_from_the_environment(environment, alone):

@@ -74,7 +74,7 @@ def is_alone(environment: Mapping[str, str]) -> bool:
     """Whether the environment says that there is one process.
 
     One task of SLURM is alone: jax would join it to itself, and show it a single GPU of those that it was given. So is
-    a Kubernetes pod that belongs to no indexed job and no TPU slice, such as a notebook's.
+    a Kubernetes pod that belongs to no indexed job and no TPU slice, such as a notebook's, and a TPU slice of one host.
     """
     if PROCESSES in environment:
         return environment[PROCESSES] == "1"
@@ -82,8 +82,12 @@ def is_alone(environment: Mapping[str, str]) -> bool:
         return False
     if "SLURM_STEP_NODELIST" in environment:
         return environment.get("SLURM_NTASKS", "1") == "1"
-    tpu = any(name in environment for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
-    return "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" not in environment and not tpu
+    if "JOB_COMPLETION_INDEX" in environment or "TPU_PROCESS_ADDRESSES" in environment:
+        return False
+    if "TPU_WORKER_HOSTNAMES" in environment:
+        slices = environment.get("MEGASCALE_NUM_SLICES", "1")
+        return "," not in environment["TPU_WORKER_HOSTNAMES"] and slices == "1"
+    return "KUBERNETES_SERVICE_HOST" in environment
 
 
 def read_explicit(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
