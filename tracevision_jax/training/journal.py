@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
+from tracevision_jax.training.board import Board
 from tracevision_jax.training.source import BadRecordReport
 from tracevision_jax.weights.hashes import write_whole
 
@@ -120,9 +120,7 @@ class Journal:
         self.before = self.lines[-1] if self.lines else {"tokens": 0, "seconds": 0.0}
         files = (metrics, bad) if primary else (Path(os.devnull),) * 2
         self.metrics_file, self.bad_file = (path.open("a", buffering=1) for path in files)
-        self.board = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=start + 1 if start else None, write_to_disk=primary
-        )
+        self.board = Board(directory / "tensorboard", start, primary, self.say)
 
     def say(self, text: str) -> None:
         """A line of prose."""
@@ -175,10 +173,9 @@ class Journal:
         }
         self.lines.append(line)
         self.metrics_file.write(json.dumps(line) + "\n")
-        for name in ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "input_share"):
-            self.board.add_scalar(f"train/{name}", line[name], step)
-        for name, value in line["parts"].items():
-            self.board.add_scalar(f"parts/{name}", value, step)
+        shown = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "input_share")
+        self.board.scalars("train", {name: line[name] for name in shown}, step)
+        self.board.scalars("parts", line["parts"], step)
         self.say(self._console_line(line))
 
     def _console_line(self, line: dict[str, Any]) -> str:
@@ -195,11 +192,10 @@ class Journal:
     def evaluation(self, step: int, name: str, values: Mapping[str, Any], seconds: float) -> None:
         """Write what an evaluator returned: numbers everywhere, (height, width, 3) uint8 to TensorBoard."""
         numbers = {key: float(value) for key, value in values.items() if np.ndim(value) == 0}
+        self.board.scalars(name, numbers, step)
         for key, value in values.items():
-            if np.ndim(value) == 0:
-                self.board.add_scalar(f"{name}/{key}", float(value), step)
-            else:
-                self.board.add_image(f"{name}/{key}", np.asarray(value), step, dataformats="HWC")
+            if np.ndim(value):
+                self.board.picture(f"{name}/{key}", np.asarray(value), step)
         self.evaluations[name] = numbers
         line = {"kind": "evaluation", "step": step, "name": name, "values": numbers}
         self.metrics_file.write(json.dumps(line) + "\n")

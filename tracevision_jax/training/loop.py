@@ -8,6 +8,7 @@ checkpoint, and ends in the very same bits as a run that was never stopped (same
 The host waits for a step only after it has sent the next one to the device.
 """
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from tracevision_jax.training.journal import Journal, say
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tracevision_jax.training.parameters import count, merge, split_for_stage
 from tracevision_jax.training.recipe import TrainRecipe, check, differences
+from tracevision_jax.training.retention import score_of
 from tracevision_jax.training.source import BatchSource, StepBatch
 from tracevision_jax.training.stability import healthy
 from tracevision_jax.training.step import TrainState, create_state, make_train_step, state_shardings
@@ -42,6 +44,8 @@ Evaluator = Callable[[Params, int], Mapping[str, Any]]
 
 EMPTY_LIMIT = 20
 """So many batches in a row without one usable record end the run: the data cannot be read at all."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 BACKS_LIMIT = 3
 """So many times one start of a run goes back to a checkpoint; once more ends it."""
@@ -120,11 +124,18 @@ def fit(
         check_rows(rows, recipe.accumulation, mesh)
     optimizer = make_optimizer(recipe.optimizer, source.steps)
     run = Run(system, recipe, source, mesh, optimizer, Path(directory).absolute())
-    checkpoints = Checkpoints(run.directory / "checkpoints", recipe.checkpoint.keep, lambda line: say(console, line))
+    checkpoints = Checkpoints(run.directory / "checkpoints", recipe.checkpoint, lambda line: say(console, line))
     try:
         with jax.set_mesh(mesh):
             state, frozen = _start(run, checkpoints, rules, console)
             return _train(run, state, frozen, checkpoints, evaluators or {}, folders or {}, console)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise UserError(
+            f"{run.directory} cannot be written: {error.strerror}. Make room and give the same command again: it goes "
+            "on from the newest checkpoint."
+        ) from error
     finally:
         checkpoints.close()
 
@@ -190,6 +201,7 @@ def _train(
     """Take the steps that are left, then export."""
     recipe, steps = run.recipe, run.source.steps
     start = int(state.step)
+    checkpoints.forget_scores_after(start)
     journal = Journal(run.directory, console, steps, start, recipe.log_every)
     step_function = make_train_step(
         run.system,
@@ -229,12 +241,14 @@ def _train(
                     state, frozen = _go_back(checkpoints, state, frozen, clock.rejected, journal)
                     clock.rejected = 0
                     clock.restart()
+                best = False
                 if evaluators and recipe.evaluation.every and done % recipe.evaluation.every == 0:
                     clock.drain()
-                    _evaluate(evaluators, state, frozen, done, journal)
+                    best = _evaluate(evaluators, state, frozen, done, journal, checkpoints)
                     evaluated = done
                     clock.restart()
-                if recipe.checkpoint.every and done % recipe.checkpoint.every == 0:
+                checkpoints.check()
+                if best or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0):
                     checkpoints.save(done, {"state": state, "frozen": frozen}, run.meta())
                     saved = done
                 if interruption.signal is not None:
@@ -246,10 +260,11 @@ def _train(
         model = run.directory / "model" if not stopped else None
         if model and not (start == steps and is_model(model)):  # a finished run stays as it is, whatever read it since
             if evaluators and evaluated != done:
-                _evaluate(evaluators, state, frozen, done, journal)
+                _evaluate(evaluators, state, frozen, done, journal, checkpoints)
             config = {"system": recipe.system, "model": to_json(run.system.config), "recipe": to_json(recipe)}
             save_model(model, config, merge(state.trained, frozen), folders)
         checkpoints.wait()
+        checkpoints.prune()
         journal.summary(done, str(checkpoints.path(done)), str(model) if model else None)
         if stopped:
             journal.say(f"Stopped by {stopped} after step {done}; the same command again continues from there.")
@@ -288,13 +303,21 @@ def _go_back(
 
 
 def _evaluate(
-    evaluators: Mapping[str, Evaluator], state: TrainState, frozen: Params, step: int, journal: Journal
-) -> None:
+    evaluators: Mapping[str, Evaluator],
+    state: TrainState,
+    frozen: Params,
+    step: int,
+    journal: Journal,
+    checkpoints: Checkpoints,
+) -> bool:
+    """Run all evaluators; whether the step is one of the best so far."""
     params = merge(state.trained, frozen)
     for name, evaluator in evaluators.items():
         began = time.perf_counter()
         values = evaluator(params, step)
         journal.evaluation(step, name, values, time.perf_counter() - began)
+    config = checkpoints.config
+    return bool(config.metric) and checkpoints.score(step, score_of(config, journal.evaluations))
 
 
 class _Clock:

@@ -27,6 +27,8 @@ from typing import Any
 from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.mesh import MeshConfig
 from tracevision_jax.training.optimizer import OptimizerConfig
+from tracevision_jax.training.retention import CheckpointConfig
+from tracevision_jax.training.retention import faults as retention_faults
 from tracevision_jax.training.stability import StabilityConfig
 
 
@@ -57,16 +59,6 @@ class DataConfig:
     """Processes that make batches; 0 makes them in threads of the training process."""
     prefetch: int = 4
     """Batches that are made ahead."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save, and how many to keep."""
-
-    every: int = 500
-    """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = 3
-    """How many of the latest stay."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +144,9 @@ def check(recipe: TrainRecipe) -> None:
         faults.append(f"rows has {len(recipe.rows)} numbers for {len(recipe.buckets)} buckets")
     if any(rows < 1 for rows in recipe.rows):
         faults.append("rows must be positive")
-    if recipe.log_every < 1 or recipe.checkpoint.keep < 1:
-        faults.append("log_every and checkpoint.keep must be at least 1")
+    if recipe.log_every < 1:
+        faults.append("log_every must be at least 1")
+    faults += retention_faults(recipe.checkpoint, recipe.evaluation.every)
     if recipe.stability.patience < 2 or recipe.stability.spike < 0:
         faults.append("stability.patience must be at least 2 and stability.spike not negative")
     if any(entry.repetitions <= 0 for entry in recipe.data.sources):
