@@ -9,7 +9,8 @@ A sub-command NAME is the module `launch/NAME.py`, imported only when it is call
 
 A module imports jax inside `run`, so that help and mistakes in flags take no time. Exit codes: 0; 1 for a
 defect (with a traceback); 2 for a mistake of the user (one message); 130 when interrupted.
-`TRACEVISION_DEBUG=1` shows every traceback.
+`TRACEVISION_DEBUG=1` shows every traceback; `TRACEVISION_COMPILATION_CACHE` moves the cache of compiled programs or turns
+it off (`launch/compilation_cache.py`).
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from launch import compilation_cache
 from tracevision_jax.errors import UserError
 from tracevision_jax.nearest import suggest
 
@@ -123,6 +125,7 @@ def version_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; `argv` is what follows the word `tracevision`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    compilation_cache.enable(os.environ)
     try:
         return _dispatch(argv)
     except UserError as error:

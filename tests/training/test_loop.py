@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -248,3 +249,23 @@ def test_a_metric_that_no_evaluation_gives_is_named(tmp_path):
     recipe = dataclasses.replace(recipe, evaluation=EvaluationConfig(every=2))
     with pytest.raises(UserError, match="the evaluation gave held_out/score"):
         run(tmp_path, recipe, evaluators={"held_out": lambda params, step: {"score": 1.0}})
+
+
+def test_the_chosen_steps_are_traced_and_all_time_is_accounted_for(tmp_path):
+    recipe = dataclasses.replace(RECIPE, profile="2:3", evaluation=EvaluationConfig(every=4))
+    began = time.perf_counter()
+    evaluators = {"slow": lambda params, step: time.sleep(0.3) or {"score": 0.0}}
+    summary, text = run(tmp_path, recipe, Source(steps=4), evaluators=evaluators, began=began)
+    wall = time.perf_counter() - began
+    assert list((tmp_path / "profile").rglob("*.xplane.pb")) and "profile of the steps" in text
+    seconds = summary.seconds
+    assert 0.95 * wall < sum(seconds.values()) <= wall
+    assert all(seconds[part] > 0 for part in ("useful", "start", "compile", "input", "save", "export"))
+    assert seconds["evaluation"] >= 0.3 and seconds["rejected"] == seconds["lost"] == 0
+    assert "in useful steps" in text
+    assert lines_of(tmp_path, "goodput")[0]["goodput"]["compile"] == pytest.approx(seconds["compile"], abs=1e-3)
+
+
+def test_a_profile_that_cannot_be_is_refused_at_start(tmp_path):
+    with pytest.raises(UserError, match="FIRST:LAST"):
+        run(tmp_path, dataclasses.replace(RECIPE, profile="7"))
