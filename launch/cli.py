@@ -9,8 +9,8 @@ A sub-command NAME is the module `launch/NAME.py`, imported only when it is call
 
 A module imports jax inside `run`, so that help and mistakes in flags take no time. Exit codes: 0; 1 for a
 defect (with a traceback); 2 for a mistake of the user (one message); 130 when interrupted.
-`TRACEVISION_DEBUG=1` shows every traceback; `TRACEVISION_COMPILATION_CACHE` moves the cache of compiled programs or turns
-it off (`launch/compilation_cache.py`).
+`TRACEVISION_DEBUG=1` shows every traceback; `TRACEVISION_COMPILATION_CACHE` moves the cache of compiled programs or
+turns it off (`launch/compilation_cache.py`).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from types import ModuleType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from launch import compilation_cache
-from tracevision_jax.errors import UserError
+from tracevision_jax.errors import Stuck, UserError
 from tracevision_jax.nearest import suggest
 
 PROGRAM = "tracevision"
@@ -132,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_traceback_when_debugging()
         prefix = f"{PROGRAM} {argv[0]}" if argv and argv[0] in COMMANDS else PROGRAM
         print(f"{prefix}: {error}", file=sys.stderr)
+        if isinstance(error, Stuck):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)  # the interpreter would wait for the thread that hangs
         return 2
     except KeyboardInterrupt:
         _print_traceback_when_debugging()

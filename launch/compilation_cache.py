@@ -1,8 +1,8 @@
 """jax's cache of compiled programs, on for every command: a run that continues does not compile again.
 
-It lies in $XDG_CACHE_HOME/tracevision-jax (by default ~/.cache/tracevision-jax), in a folder for each kind of processor,
-since programs for a CPU are built for its very features and a home directory may be shared by unlike machines. The
-environment moves it or turns it off:
+It lies in $XDG_CACHE_HOME/tracevision-jax (by default ~/.cache/tracevision-jax), in a folder for each kind of
+processor, since programs for a CPU are built for its very features and a home directory may be shared by unlike
+machines. The environment moves it or turns it off:
 
     TRACEVISION_COMPILATION_CACHE=/fast/disk    another folder
     TRACEVISION_COMPILATION_CACHE=off           none

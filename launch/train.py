@@ -1,9 +1,11 @@
 """Train a recipe of configs/, or continue it; any field of the recipe is a flag.
 
 The folder of the run (--out, by default runs/NAME) gets checkpoints/, model/, metrics.jsonl,
-bad_records.jsonl and tensorboard/. A run that was stopped, in whatever way, continues with the same command.
+bad_records.jsonl and tensorboard/, and profile/ with --profile FIRST:LAST. A run that was stopped, in whatever
+way, continues with the same command.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ def run(args: Args) -> int:
 
 def train(recipe: Any, console: Any = None) -> Any:
     """Train a recipe from Python; returns the loop's `Summary`, raises UserError on what can be mended."""
+    began = time.perf_counter()
     from configs import registry
     from data_loaders.pipeline import Pipeline
     from data_loaders.plan import Lengths, Plan
@@ -80,8 +83,13 @@ def train(recipe: Any, console: Any = None) -> Any:
         steps=recipe.steps or plan.steps_in(recipe.epochs),
         workers=recipe.data.workers,
         prefetch=recipe.data.prefetch,
+        retries=recipe.data.retries,
+        timeout=recipe.data.timeout,
+        bad_limit=recipe.data.bad_limit,
     )
     directory = Path(recipe.out or Path("runs") / recipe.name)
     evaluators = entry.evaluators(recipe, system)
     folders = entry.folders(recipe)
-    return fit(system, recipe, pipeline, directory, evaluators=evaluators, folders=folders, console=console)
+    return fit(
+        system, recipe, pipeline, directory, evaluators=evaluators, folders=folders, console=console, began=began
+    )

@@ -194,7 +194,8 @@ class Journal:
         shown = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "input_share")
         self.board.scalars("train", {name: line[name] for name in shown}, step)
         self.board.scalars("parts", line["parts"], step)
-        self.board.scalars("goodput", shares(line["goodput"]), step)
+        spent = shares(line["goodput"])
+        self.board.scalars("goodput", {part: share for part, share in spent.items() if share}, step)
         self.say(self._console_line(line))
 
     def _console_line(self, line: dict[str, Any]) -> str:

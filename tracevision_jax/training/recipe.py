@@ -64,7 +64,7 @@ class DataConfig:
     """How often to try again what may pass: a read that fails (0.1 s, 0.4 s, 1.6 s later), a worker that dies."""
     timeout: float = 600.0
     """Seconds to wait for a batch; then the reading hangs."""
-    bad_limit: float = 0.1
+    bad_limit: float = 0.2
     """Share of the last thousand records that may be unusable; more end the run with the file that holds most."""
 
 
