@@ -10,7 +10,9 @@ from, one line a step in metrics.jsonl, and the list of skipped records. Exit co
 """
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -25,20 +27,23 @@ from tests.training.train_tiny import expected, make_plan, seen
 SAVING = "*.orbax-checkpoint-tmp*"
 
 
-def unfinished(directory: Path) -> list[str]:
-    """Names of checkpoints that are being written, or whose hashes are not there yet."""
-    folder = directory / "checkpoints"
-    hashless = [path.name for path in folder.glob("step_*") if not (path / "sha256.json").exists()]
-    return sorted({*hashless, *(path.name for path in folder.glob(SAVING))})
+def unfinished(directory: Path) -> set[int]:
+    """Checkpoints that are being written, or whose hashes are not there yet, by the number of their folder's inode."""
+    folder, found = directory / "checkpoints", set()
+    for path in (*folder.glob("step_*"), *folder.glob(SAVING)):
+        with contextlib.suppress(FileNotFoundError):  # renamed in this very moment
+            if not (path / "sha256.json").exists():
+                found.add(path.stat().st_ino)
+    return found
 
 
 def kill_once(directory: Path, epochs: int, workers: int, during_save: bool, chance: random.Random) -> str:
     """Start the run and kill it; where it was: "saving", "stepping", "starting", or "" when it ended before."""
     process = start(directory, workers, epochs)
-    before, leftover = steps(directory), set(unfinished(directory))
+    before, leftover = steps(directory), unfinished(directory)
     deadline = time.monotonic() + 120
     if during_save:
-        while not set(unfinished(directory)) - leftover and process.poll() is None and time.monotonic() < deadline:
+        while not unfinished(directory) - leftover and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.03))
     else:
@@ -50,7 +55,7 @@ def kill_once(directory: Path, epochs: int, workers: int, during_save: bool, cha
     process.communicate()
     if process.returncode != -9:
         return ""
-    if unfinished(directory):
+    if unfinished(directory) - leftover:
         return "saving"
     return "stepping" if steps(directory) > before else "starting"
 
@@ -110,6 +115,9 @@ if __name__ == "__main__":
     given = parser.parse_args()
     drawn = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
     with tempfile.TemporaryDirectory() as temporary:
+        # Compiled programs are kept, also against kills, and nobody else's are read.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(temporary) / "programs")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         try:
             sys.exit(main(given.kills, drawn, given.epochs, given.workers, Path(temporary)))
         except subprocess.TimeoutExpired as error:

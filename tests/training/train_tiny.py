@@ -8,6 +8,7 @@ they tell what the final parameters have learned from, whatever happened on the 
 
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -97,7 +98,8 @@ def make_recipe(rows: int = 4, **changes) -> TrainRecipe:
 def saved_state(directory: str | Path) -> dict:
     """Everything in the newest checkpoint of a run, as numpy arrays."""
     newest = max((Path(directory) / "checkpoints").glob("step_*"))
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # without shardings it reads them from the checkpoint, and says so
         tree = checkpointer.restore(newest.absolute() / "tree")
     return jax.tree.map(np.asarray, tree)
 
