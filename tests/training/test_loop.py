@@ -208,15 +208,17 @@ def test_the_next_stage_starts_from_the_model_with_a_new_optimizer(finished, tmp
 
 
 class FullDisk(Source):
-    """Random batches; at a step the disk is full: no file may grow past 16 KiB, as a checkpoint must."""
+    """Random batches; after the first checkpoint the disk is full: no file may grow past 16 KiB, as checkpoints do."""
 
-    def __init__(self, at):
+    def __init__(self, at, first):
         super().__init__()
-        self.at = at
+        self.at, self.first = at, first
 
     def batches(self, start):
         for item in super().batches(start):
             if item.step == self.at:
+                while not (self.first / "sha256.json").exists():
+                    time.sleep(0.01)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
             yield item
 
@@ -226,7 +228,7 @@ def test_a_full_disk_ends_the_run_with_advice_and_with_room_it_ends_in_the_same_
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(UserError, match=r"step 8 could not be written.*newest is of step 4"):
-            run(tmp_path / "full", recipe, FullDisk(at=6))
+            run(tmp_path / "full", recipe, FullDisk(6, tmp_path / "full" / "checkpoints" / "step_00000004"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     summary, text = run(tmp_path / "full", recipe)

@@ -177,7 +177,7 @@ class Checkpoints:
         """What to raise for a save that failed, after making room of what it wrote: a UserError if the system refused
         to write, else the error itself."""
         if self._primary and not (self.path(step) / hashes.FILE).exists():
-            for leftover in self.directory.glob(f"{self.path(step).name}*"):
+            for leftover in (self.path(step), *self.directory.glob(f"{self.path(step).name}{TEMPORARY}*")):
                 shutil.rmtree(leftover, ignore_errors=True)
         reason = refusal(error)
         if reason is None:
