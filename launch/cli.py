@@ -10,7 +10,8 @@ A sub-command NAME is the module `launch/NAME.py`, imported only when it is call
 A module imports jax inside `run`, so that help and mistakes in flags take no time. Exit codes: 0; 1 for a
 defect (with a traceback); 2 for a mistake of the user (one message); 130 when interrupted; 75 when training was told to
 stop by SIGTERM and has saved.
-`TRACEVISION_DEBUG=1` shows every traceback.
+`TRACEVISION_DEBUG=1` shows every traceback; `TRACEVISION_COMPILATION_CACHE` moves the cache of compiled programs or
+turns it off (`launch/compilation_cache.py`).
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from tracevision_jax.errors import UserError
+from launch import compilation_cache
+from tracevision_jax.errors import Stuck, UserError
 from tracevision_jax.nearest import suggest
 
 PROGRAM = "tracevision"
@@ -132,12 +134,17 @@ def version_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; `argv` is what follows the word `tracevision`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    compilation_cache.enable(os.environ)
     try:
         return _dispatch(argv)
     except UserError as error:
         _print_traceback_when_debugging()
         prefix = f"{PROGRAM} {argv[0]}" if argv and argv[0] in COMMANDS else PROGRAM
         print(f"{prefix}: {error}", file=sys.stderr)
+        if isinstance(error, Stuck):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)  # the interpreter would wait for the thread that hangs
         return 2
     except KeyboardInterrupt:
         _print_traceback_when_debugging()

@@ -1,13 +1,15 @@
 """Train a recipe of configs/, or continue it; any field of the recipe is a flag.
 
 The folder of the run (--out, by default runs/NAME) gets checkpoints/, model/, metrics.jsonl,
-bad_records.jsonl and tensorboard/. A run that was stopped, in whatever way, continues with the same command.
+bad_records.jsonl and tensorboard/, and profile/ with --profile FIRST:LAST. A run that was stopped, in whatever
+way, continues with the same command.
 
 Started several times by a launcher (SLURM, GKE, `tracevision supervise`, ...: docs/launching.md) the processes find
 each other, compare what they are about to do, and train together; the first one speaks.
 """
 
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -79,6 +81,7 @@ def train(recipe: Any, console: Any = None) -> Any:
 
     With several processes (`tracevision_jax.parallel.processes.connect`) all call it with the same recipe.
     """
+    began = time.perf_counter()
     from tracevision_jax.parallel.agreement import agree, check_shared
     from tracevision_jax.training.loop import fit
 
@@ -100,6 +103,7 @@ def train(recipe: Any, console: Any = None) -> Any:
         evaluators=prepared.evaluators,
         folders=prepared.folders,
         console=console,
+        began=began,
     )
 
 
@@ -142,6 +146,9 @@ def _prepare(recipe: Any) -> _Prepared:
         steps=recipe.steps or plan.steps_in(recipe.epochs),
         workers=recipe.data.workers,
         prefetch=recipe.data.prefetch,
+        retries=recipe.data.retries,
+        timeout=recipe.data.timeout,
+        bad_limit=recipe.data.bad_limit,
         process=share,
         processes=shares,
     )

@@ -20,7 +20,7 @@ from configs import registry
 from launch.launch import Slurm, render
 from tests.conftest import ROOT
 from tests.launch import tiny_command
-from tests.training.test_kill import alive, digest, steps_logged, wait_for_steps
+from tests.training.killing import alive, digest, steps_logged, wait_for_steps
 from tracevision_jax.training.parameters import flatten
 from tracevision_jax.weights.model_directory import load_model
 

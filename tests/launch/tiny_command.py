@@ -18,7 +18,8 @@ from launch.cli import main
 from tests.training.tiny import BUCKET, TinyConfig, TinySystem
 from tests.training.train_tiny import Records, collate, make_row
 from tracevision_jax.training.optimizer import OptimizerConfig
-from tracevision_jax.training.recipe import CheckpointConfig, DataConfig, SourceEntry, TrainRecipe
+from tracevision_jax.training.recipe import DataConfig, SourceEntry, TrainRecipe
+from tracevision_jax.training.retention import CheckpointConfig
 
 STEPS = 16
 
