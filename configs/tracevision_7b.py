@@ -29,6 +29,8 @@ CONFIG = tracevision_config(
     preset("7b").with_precision("bfloat16", "float32", "full"),
     QWEN_TOKENS,
     processor={"vision": VisionInputConfig(max_pixels=1280 * 28 * 28), "learned_share": 0.6},
+    # All learned tokens of an image's row at once: each chunk more gathers the head and sums its gradient once more.
+    logit_chunk=2560,
 )
 
 IMAGE = Bucket(tokens=4096, frames=2, windows=96, conversations=6, points=128, masks=12)

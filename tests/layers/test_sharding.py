@@ -38,10 +38,11 @@ def test_constrain_pins_the_layout_inside_jit():
 
 def test_leading_axes_merge_unless_one_after_the_first_is_split():
     assert leading_axes_merge()
-    split, whole = (dict(RULES, tokens=axis) for axis in ("tensor", "data"))
-    mesh = AbstractMesh((1, 2, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    assert not may_merge(mesh, split)
-    assert may_merge(mesh, whole)
+    by_tokens, by_rows = (dict(RULES, tokens=axis) for axis in ("fsdp", "data"))
+    mesh = AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    assert not may_merge(mesh, by_tokens)
+    assert may_merge(mesh, by_rows)
+    assert not may_merge(MESH, by_rows)  # heads are split
 
 
 def test_names_that_do_not_exist_are_refused():

@@ -24,7 +24,7 @@ def task(rng):
 
 
 def ours(hidden, kernel, targets, weights, chunk):
-    return token_cross_entropy(hidden, targets, weights, lambda rows: rows @ kernel, chunk)
+    return token_cross_entropy(hidden, targets, weights, lambda rows: ((0, rows @ kernel),), chunk)
 
 
 def reference(hidden, kernel, targets, weights):
@@ -98,7 +98,7 @@ def test_learned_tokens_come_first_and_only_those_without_weight_are_dropped(tas
         for part, whole in zip(kept, (hidden, targets, weights), strict=True):
             assert (part[row, : len(chosen)] == whole[row, chosen]).all()
         assert (kept[2][row, len(chosen) :] == 0).all()
-    loss = token_cross_entropy(*kept, lambda rows: rows @ kernel)
+    loss = token_cross_entropy(*kept, lambda rows: ((0, rows @ kernel),))
     assert np.allclose(loss, reference(*task), rtol=1e-6)
 
 

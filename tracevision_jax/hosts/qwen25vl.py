@@ -20,6 +20,7 @@ from tracevision_jax.language.config import LANGUAGE_PRESETS, LanguageConfig
 from tracevision_jax.language.model import LanguageModel
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.nearest import suggest
+from tracevision_jax.ops.cross_entropy import LogitParts
 from tracevision_jax.vision.config import VISION_PRESETS, QwenVisionConfig
 from tracevision_jax.vision.qwen_vit import VisionTower
 
@@ -219,6 +220,10 @@ class Qwen25VL(nn.Module):
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows output"]:
         """Logits of hidden states, float32."""
         return self.language.logits(hidden)
+
+    def logit_parts(self, hidden: Float[Array, "*rows width"]) -> LogitParts:
+        """Logits of base and added tokens apart, see `LanguageModel.logit_parts`."""
+        return self.language.logit_parts(hidden)
 
     def __call__(
         self,

@@ -14,9 +14,13 @@ from jaxtyping import Array, Float, Int
 from tracevision_jax.language.cache import KVCache, write_rows
 from tracevision_jax.language.config import LanguageConfig
 from tracevision_jax.layers.basic import GatedMLP, RMSNorm, kernel_init, precision, projection, rematerialised, scanned
-from tracevision_jax.layers.sharding import constrain
+from tracevision_jax.layers.sharding import constrain, exchange_slices
 from tracevision_jax.ops.attention import attention
+from tracevision_jax.ops.cross_entropy import LogitParts
 from tracevision_jax.ops.rotary import apply_rotary, axial_angles, multimodal_frequencies
+
+NO_TOKEN = -1e30
+"""Logit of a column of the head that is no token's."""
 
 
 class SelfAttention(nn.Module):
@@ -41,6 +45,7 @@ class SelfAttention(nn.Module):
         v = projection("v", (c.kv_heads, c.head_dim), bias=c.qkv_bias, **options)(x)
         q = constrain(apply_rotary(q, angles), "batch", "tokens", "heads", None)
         k = constrain(apply_rotary(k, angles), "batch", "tokens", "kv_heads", None)
+        v = constrain(v, "batch", "tokens", "kv_heads", None)
         # For a loss on attention (`ops/guided_attention.py`); nothing is kept unless "intermediates" is mutable.
         self.sow("intermediates", "first_queries", q[:, :, 0])
         self.sow("intermediates", "first_keys", k[:, :, 0])
@@ -129,11 +134,13 @@ class LanguageModel(nn.Module):
         """Embeddings of tokens, base and added."""
         c = self.config
         if not c.added_tokens:
-            return self.embed_base(tokens)
+            return exchange_slices(self.embed_base(constrain(tokens, "copies", "tokens")), "tokens")
+        # Whole on every device that reads a slice of the tables: cut, they would be exchanged more than once.
+        tokens = constrain(tokens, "copies", "tokens")
         base = self.embed_base(jnp.minimum(tokens, c.first_added - 1))
         table, _ = self.added()
         ours = jnp.take(table.astype(base.dtype), jnp.clip(tokens - c.first_added, 0, c.added_tokens - 1), axis=0)
-        return jnp.where((tokens >= c.first_added)[..., None], ours, base)
+        return exchange_slices(jnp.where((tokens >= c.first_added)[..., None], ours, base), "tokens")
 
     def __call__(
         self,
@@ -165,18 +172,33 @@ class LanguageModel(nn.Module):
         """The final norm alone: what the head reads, were no layer between it and an embedding."""
         return self.final_norm(x.astype(jnp.dtype(self.config.dtype)))
 
-    def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows output"]:
-        """Logits in float32; columns from `first_added` on are the added tokens'."""
+    def logit_parts(self, hidden: Float[Array, "*rows width"]) -> LogitParts:
+        """Logits in float32 of the base and of the added tokens, apart.
+
+        The base's columns from `first_added` on are those of no token, and so low that no softmax sees them. Side by
+        side the parts would be copied, and where the vocabulary is cut over devices, gathered.
+        """
         c = self.config
         kind = jnp.dtype(c.dtype)
-        used = c.first_added if c.added_tokens else c.vocab_size
-        kernel = self.embed_base.embedding[:used].T if c.tied else self.head()[:, :used]
+        kernel = self.embed_base.embedding.T if c.tied else self.head()
         hidden = hidden.astype(kind)
-        logits = jnp.matmul(hidden, kernel.astype(kind), preferred_element_type=jnp.float32)
-        if c.added_tokens:
-            _, rows = self.added()
-            ours = jnp.matmul(hidden, rows.T.astype(kind), preferred_element_type=jnp.float32)
-            logits = jnp.concatenate([logits, ours], axis=-1)
+        between = (None,) * (hidden.ndim - 2)
+        base = jnp.matmul(hidden, kernel.astype(kind), preferred_element_type=jnp.float32)
+        base = constrain(base, "batch", *between, "vocab")
+        if not c.added_tokens:
+            return ((0, base),)
+        base = jnp.where(jnp.arange(c.vocab_size) < c.first_added, base, NO_TOKEN)
+        _, rows = self.added()
+        ours = jnp.matmul(hidden, rows.T.astype(kind), preferred_element_type=jnp.float32)
+        return (0, base), (c.first_added, constrain(ours, "batch", *between, None))
+
+    def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows output"]:
+        """Logits in float32; columns from `first_added` on are the added tokens'."""
+        (_, base), *added = self.logit_parts(hidden)
+        if not added:
+            return base
+        ((first, ours),) = added
+        logits = jnp.concatenate([base[..., :first], ours], axis=-1)
         return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
 
     def initialise(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens output"]:

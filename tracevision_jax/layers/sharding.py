@@ -26,6 +26,8 @@ AXIS_NAMES = (
     "frames",
     "windows",
     "slots",
+    "copies",
+    "sliced_width",
 )
 """The logical axes that model code may name."""
 
@@ -57,13 +59,13 @@ def activation_sharding(mesh: Mesh, rules: Rules, platform: str | None = None) -
 
 
 def may_merge(mesh: Mesh | AbstractMesh, rules: Rules) -> bool:
-    """Whether no axis that follows an array's first (tokens, frames, windows, slots) is split over the mesh."""
-    inner = ("tokens", "frames", "windows", "slots")
+    """Whether no axis that follows an array's first is split over the mesh: neither tokens nor heads."""
+    inner = ("tokens", "frames", "windows", "slots", "heads", "kv_heads", "mlp")
     return all(mesh.shape[axis] == 1 for name in inner for axis in _mesh_axes(rules, name))
 
 
 def leading_axes_merge() -> bool:
-    """Whether (batch, tokens) and the like can be merged into one axis without moving data between devices."""
+    """Whether (batch, tokens) or (q k v, heads, channels) can become one axis without moving data between devices."""
     active = _active.get()
     return active is None or may_merge(*active)
 
@@ -94,3 +96,12 @@ def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "...
         return x
     mesh, rules = active
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout(x.shape, names, mesh, rules)))
+
+
+def exchange_slices(x: Shaped[Array, "batch ... width"], *inner: str | None) -> Shaped[Array, "batch ... width"]:
+    """Lay out rows that were looked up in a table whose width is cut; `inner` names the axes between.
+
+    Each device reads its slice of every row, and slices are exchanged for rows. Left alone, the compiler may as well
+    gather the table, which for a vocabulary is larger by orders of magnitude, and so is its gradient.
+    """
+    return constrain(constrain(x, "copies", *inner, "sliced_width"), "batch", *inner, "width")

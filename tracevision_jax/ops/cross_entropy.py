@@ -3,18 +3,23 @@
 Use: `loss_sum, correct_sum = token_cross_entropy(hidden, targets, weights, logits_of, chunk)`.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+LogitParts = tuple[tuple[int, Array], ...]
+"""(first token, its logits and those of the tokens after it) of parts of a vocabulary, in order; where parts overlap
+the later one counts, and the earlier one's columns must be low enough to vanish in a softmax."""
+
 
 def token_cross_entropy(
     hidden: Float[Array, "B T width"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
-    logits_of: Callable[[Array], Array],
+    logits_of: Callable[[Array], LogitParts],
     chunk: int = 0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums over tokens of -log p(target), and of whether the target is the most likely token.
@@ -23,15 +28,18 @@ def token_cross_entropy(
         hidden: hidden states.
         targets: token ids.
         weights: weight of each token; 0 leaves it out.
-        logits_of: (..., width) -> (..., vocabulary) in float32.
+        logits_of: (..., width) -> parts of (..., vocabulary) in float32.
         chunk: tokens of a row whose logits exist together, made again in the backward pass; 0 for all.
     """
 
     def sums(hidden, targets, weights):
-        logits = logits_of(hidden)
-        top = jax.lax.stop_gradient(logits.max(-1))
-        picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        loss = jnp.log(jnp.exp(logits - top[..., None]).sum(-1)) + top - picked
+        parts = logits_of(hidden)
+        ends = [*(first for first, _ in parts[1:]), None]
+        tops = [jax.lax.stop_gradient(logits.max(-1)) for _, logits in parts]
+        top = functools.reduce(jnp.maximum, tops)
+        total = sum(jnp.exp(logits - top[..., None]).sum(-1) for _, logits in parts)
+        picked = sum(_at(logits, targets, first, end) for (first, logits), end in zip(parts, ends, strict=True))
+        loss = jnp.log(total) + top - picked
         return (loss * weights).sum(), ((picked >= top) * weights).sum()
 
     tokens = hidden.shape[1]
@@ -45,6 +53,17 @@ def token_cross_entropy(
 
     losses, correct = jax.lax.map(lambda x: jax.checkpoint(sums)(*x), (fold(hidden), fold(targets), fold(weights)))
     return losses.sum(), correct.sum()
+
+
+def _at(logits: Array, targets: Array, first: int, end: int | None) -> Array:
+    """The logit of each target that is one of a part's tokens, else 0.
+
+    A masked sum, not a lookup: it is part of the pass that sums the exponentials, its gradient is no scatter, and where
+    the vocabulary is cut over devices each sums what it has.
+    """
+    ids = first + jnp.arange(logits.shape[-1])
+    here = ids == targets[..., None]
+    return jnp.where(here if end is None else here & (ids < end), logits, 0).sum(-1)
 
 
 def learned_first(

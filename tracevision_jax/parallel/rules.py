@@ -55,6 +55,7 @@ TVP: tuple[Rule, ...] = (
     (r"tvp/.*/o/kernel$", P("tensor", None, "fsdp")),
     (r"tvp/.*/ffn_in/kernel$", P("fsdp", "tensor")),
     (r"tvp/.*/ffn_out/kernel$", P("tensor", "fsdp")),
+    (r"tvp/time_bias$", P("tensor")),
     (r"tvp/", P()),
 )
 
@@ -80,6 +81,8 @@ PARAMETERS: tuple[Rule, ...] = (*LANGUAGE, *VISION, *TVP, *DECODER, *SEGMENT_ANY
 
 ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "copies": "data",
+    "sliced_width": "fsdp",
     "tokens": "context",
     "heads": "tensor",
     "kv_heads": "tensor",

@@ -18,7 +18,7 @@ from tracevision_jax.errors import UserError
 from tracevision_jax.hosts.qwen25vl import Qwen25VL, Qwen25VLConfig, place_features
 from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.nearest import suggest
-from tracevision_jax.ops.cross_entropy import learned_first, token_cross_entropy
+from tracevision_jax.ops.cross_entropy import LogitParts, learned_first, token_cross_entropy
 from tracevision_jax.ops.guided_attention import guided_attention_loss, sought_tokens
 from tracevision_jax.records.batch import Batch, Bucket
 from tracevision_jax.records.collate import empty_batch
@@ -166,7 +166,7 @@ class TraceVisionModel(nn.Module):
             jnp.dtype(config.host.language.param_dtype),
         )
         self.host = Qwen25VL(config.host)
-        self.tvp = TVP(config.tvp, dtype, param_dtype)
+        self.tvp = TVP(config.tvp, dtype, param_dtype, config.host.language.remat)
         self.decoder = PixelDecoder(config.decoder, dtype, param_dtype)
 
     def context(self, batch: Batch) -> Context:
@@ -180,7 +180,8 @@ class TraceVisionModel(nn.Module):
 
         def per_conversation(x):
             spread = jnp.broadcast_to(x[:, None], (rows, conversations, *x.shape[1:]))
-            return spread.reshape(rows * conversations, *x.shape[1:])
+            merged = spread.reshape(rows * conversations, *x.shape[1:])
+            return constrain(merged, "batch", *(None,) * (merged.ndim - 1))
 
         embeddings = self.host.embed(batch.tokens)
         if config.unit_places:
@@ -197,7 +198,7 @@ class TraceVisionModel(nn.Module):
             batch.points.reshape(rows * conversations, points, 3),
             batch.point_trace.reshape(rows * conversations, points),
         )
-        visual = fused.reshape(rows, conversations * frames * count, width)
+        visual = constrain(fused.reshape(rows, conversations * frames * count, width), "batch", None, None)
         embeddings = place_features(embeddings, visual, batch.visual_index)
         traced = point_features.reshape(rows, conversations * points, width)
         added = place_features(jnp.zeros_like(embeddings), traced, batch.point_index)
@@ -216,6 +217,10 @@ class TraceVisionModel(nn.Module):
     def logits(self, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocabulary"]:
         """Logits over base and added tokens, float32."""
         return self.host.logits(hidden)
+
+    def logit_parts(self, hidden: Float[Array, "*rows width"]) -> LogitParts:
+        """Logits of base and added tokens apart, as the loss takes them."""
+        return self.host.logit_parts(hidden)
 
     def guidance(
         self, batch: Batch, queries: Float[Array, "N t head_dim"], keys: Float[Array, "N t head_dim"]
@@ -262,7 +267,7 @@ class TraceVisionModel(nn.Module):
         if not batch.mask_slots.shape[1]:
             return hidden, jnp.zeros(batch.masks.shape, jnp.float32)
         slots = jnp.take_along_axis(hidden, batch.mask_slots.reshape(hidden.shape[0], -1)[..., None], axis=1)
-        seg = slots.reshape(*batch.mask_slots.shape, -1)
+        seg = constrain(slots.reshape(*batch.mask_slots.shape, -1), "batch", None, None, None)
         masks = self.masks(context.shallow, context.deep, batch.grid, seg, batch.mask_frame)
         return hidden, constrain(masks, "batch", None, None, None)
 
@@ -340,7 +345,7 @@ class TraceVision:
                 batch.targets,
                 batch.target_weights,
             ),
-            lambda rows: apply(rows, method="logits"),
+            lambda rows: apply(rows, method="logit_parts"),
             self.config.logit_chunk,
         )
         real = (batch.mask_group > 0).astype(jnp.float32)

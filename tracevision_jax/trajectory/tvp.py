@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.layers.basic import RMSNorm
+from tracevision_jax.layers.basic import RMSNorm, rematerialised
+from tracevision_jax.layers.sharding import constrain, exchange_slices
 from tracevision_jax.trajectory.fourier import bin_centres, line_features, plane_features
 
 Direction = Literal["both", "trace_to_vision", "vision_to_trace", "none"]
@@ -91,14 +92,16 @@ class CrossAttention(nn.Module):
         q = project("q")(queries) + place(query_positions)
         k = project("k")(keys) + place(key_positions)
         v = project("v", _identity if self.identity_values else spread)(keys)
+        q, k, v = (constrain(x, "batch", None, "heads", None) for x in (q, k, v))
         logits = jnp.einsum("rqhd,rkhd->rhqk", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
         if bias is not None:
             logits = logits + bias
-        weights = _masked_softmax(logits, mask[:, None])
+        weights = _masked_softmax(constrain(logits, "batch", "heads", None, None), mask[:, None])
         mixed = jnp.einsum("rhqk,rkhd->rqhd", weights.astype(v.dtype), v)
+        mixed = constrain(mixed, "batch", None, "heads", None)
         out_init: Any = _identity if self.identity_values else spread
         out = nn.DenseGeneral(width, axis=(-2, -1), name="o", kernel_init=out_init, **kinds)(mixed)
-        return out, weights
+        return constrain(out, "batch", None, None), weights
 
 
 def _identity(key, shape, dtype=jnp.float32):
@@ -164,8 +167,9 @@ class TVPBlock(nn.Module):
                 time_bias.swapaxes(-1, -2),
             )
             hidden = nn.Dense(config.mlp_width, name="ffn_in", **kinds)(norm("ffn_norm")(points))
+            hidden = constrain(hidden, "batch", None, "mlp")
             points = points + refinement + nn.Dense(config.width, name="ffn_out", **kinds)(nn.gelu(hidden))
-        return visual, points, maps
+        return constrain(visual, "batch", None, None), constrain(points, "batch", None, None), maps
 
 
 class TVP(nn.Module):
@@ -174,6 +178,8 @@ class TVP(nn.Module):
     config: TVPConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    remat: str = "none"
+    """What the backward pass recomputes, see `layers.basic.REMAT_POLICIES`."""
 
     @nn.compact
     def __call__(
@@ -203,7 +209,7 @@ class TVP(nn.Module):
         """
         config = self.config
         rows, frames, units, width = visual.shape
-        flat = visual.reshape(rows, frames * units, width)
+        flat = constrain(visual.reshape(rows, frames * units, width), "batch", None, None)
         real = point_trace > 0
         traced = self._embed(points, point_trace)
 
@@ -215,8 +221,9 @@ class TVP(nn.Module):
         maps: list[dict] = []
         if config.direction == "none":
             return visual, jnp.zeros_like(traced), maps
+        block = rematerialised(TVPBlock, self.remat, prevent_cse=True)
         for index in range(config.blocks):
-            flat, traced, block_maps = TVPBlock(config, self.dtype, self.param_dtype, name=f"block_{index}")(
+            flat, traced, block_maps = block(config, self.dtype, self.param_dtype, name=f"block_{index}")(
                 flat,
                 traced,
                 places(visual_xy).reshape(rows, frames * units, -1),
@@ -234,6 +241,7 @@ class TVP(nn.Module):
         """Trajectory features: sum of x-bin, y-bin, time and trajectory-index embeddings."""
         config = self.config
         bins = jnp.clip(jnp.floor(points[..., :2] * config.bins), 0, config.bins - 1).astype(jnp.int32)
+        bins = constrain(bins, "copies", None, None)
 
         def table(axis):
             def init(key, shape, dtype):
@@ -249,7 +257,7 @@ class TVP(nn.Module):
             "trace_index", nn.initializers.normal(0.1), (config.max_traces, config.width), self.param_dtype
         )
         number = jnp.clip(point_trace - 1, 0, config.max_traces - 1)
-        embedded = table(0)[bins[..., 0]] + table(1)[bins[..., 1]]
+        embedded = exchange_slices(table(0)[bins[..., 0]] + table(1)[bins[..., 1]], None)
         embedded = embedded + time * (config.width**0.5) * time_scale + index[number]
         return jnp.where((point_trace > 0)[..., None], embedded, 0).astype(self.dtype)
 

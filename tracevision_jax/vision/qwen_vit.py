@@ -33,6 +33,7 @@ class VisionAttention(nn.Module):
     ) -> Float[Array, "sets tokens width"]:
         c = self.config
         qkv = projection("qkv", (3, c.heads, c.head_dim), **precision(c))(x)
+        qkv = constrain(qkv, "batch", None, None, "heads", None)
         q, k, v = apply_rotary(qkv[:, :, 0], angles), apply_rotary(qkv[:, :, 1], angles), qkv[:, :, 2]
         q = constrain(q, "batch", None, "heads", None)
         k = constrain(k, "batch", None, "heads", None)
@@ -99,7 +100,8 @@ class Merger(nn.Module):
         x = RMSNorm(c.norm_eps, name="norm", **precision(c))(x)
         x = x.reshape(*x.shape[:2], -1, c.merge**2 * c.width)
         x = nn.gelu(projection("fc1", c.merge**2 * c.width, **precision(c))(x), approximate=False)
-        return projection("fc2", c.out_width, **precision(c))(constrain(x, "batch", None, None, "mlp"))
+        x = projection("fc2", c.out_width, **precision(c))(constrain(x, "batch", None, None, "mlp"))
+        return constrain(x, "batch", "frames", None, None)
 
 
 class VisionTower(nn.Module):
@@ -139,4 +141,5 @@ class VisionTower(nn.Module):
         x, kept = groups(x, angles, segments, bool(after_groups))
         places = (batch, frames, windows * slots, c.width)
         units = Merger(c, name="merger")(x.reshape(places))
-        return units, tuple(kept[group - 1].reshape(places) for group in after_groups)
+        hidden = (kept[group - 1].reshape(places) for group in after_groups)
+        return units, tuple(constrain(state, "batch", "frames", None, None) for state in hidden)

@@ -7,6 +7,7 @@ tower's arrays follows from `grid` alone (`windows.py`).
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.vision.windows import raster_slots, slot_coordinates
 
 
@@ -35,7 +36,7 @@ def features_on_square(
     rows, cols = (low[:, :, 0], high[:, :, 0]), (low[:, :, 1], high[:, :, 1])
     upper = read(rows[0], cols[0]) * (1 - right) + read(rows[0], cols[1]) * right
     lower = read(rows[1], cols[0]) * (1 - right) + read(rows[1], cols[1]) * right
-    return upper * (1 - down) + lower * down
+    return constrain(upper * (1 - down) + lower * down, "batch", None, None, None, None)
 
 
 def unit_centres(
