@@ -104,7 +104,8 @@ def track_there(args: Args) -> Callable[[], Iterator[np.ndarray]]:
                 session.add_mask_inputs(number, 0, square.to(args.device, dtype))
             session.obj_with_new_inputs = list(range(len(masks)))
             for out in model.propagate_in_video_iterator(session, start_frame_idx=0):
-                large = interpolate(out.pred_masks.float(), (HEIGHT, WIDTH), mode="bilinear")
+                small: Any = out.pred_masks
+                large = interpolate(small.float(), (HEIGHT, WIDTH), mode="bilinear")
                 yield (large[:, 0] > 0).cpu().numpy()
 
     return run
