@@ -93,6 +93,7 @@ def test_every_frame_from_the_references_memory_gives_what_the_reference_gives(r
     """Clicks, boxes, masks (an empty one too); a second conditioning frame; a correction; forwards, then backwards."""
     pixels, errors = drawn_video(FRAMES), Errors()
     encode_frames, with_prompts, without, traces = programs(release)
+    traced_before = len(traces)
     oracle = Oracle(release, pixels, THINGS)
     maps = encode_frames(whole_parameters(release), pixels)
 
@@ -128,7 +129,8 @@ def test_every_frame_from_the_references_memory_gives_what_the_reference_gives(r
         print(f"{release}, {name}: largest error {errors.worst[name]:.1e}, floor {errors.floor[name]:.1e}")
     print(f"{release}: {len(errors.present)} frames of objects, {sum(errors.present)} of them with the object")
     assert len(errors.present) == 3 + 3 + (19 * 3 - 2) + 3 + (14 * 3 - 3)
-    assert sorted(traces) == ["encode", "prompted_step", "propagate_step"]
+    traced = traces[traced_before:]  # programs are shared with other tests, which may come first
+    assert len(traced) == len(set(traced)), "nothing is compiled twice"
     assert 30 < sum(errors.present) < 75
 
 
