@@ -23,10 +23,10 @@ from tracevision_jax.vision.sam_config import HieraConfig
 
 HELD_OUT_SEED = 1_000_003
 SIDE_PX, FRAMES, OBJECTS = 96, 8, 2
-CLIPS, STEPS = 8, 1400
+CLIPS, STEPS = 4, 2200
 WIDTH = 64
 
-VIDEOS = VideoConfig(height=SIDE_PX, width=SIDE_PX, frames=FRAMES)
+VIDEOS = VideoConfig(height=SIDE_PX, width=SIDE_PX, frames=FRAMES, diameter=(0.36, 0.52))
 
 MODEL = SegmentAnythingConfig(
     HieraConfig(
@@ -40,7 +40,7 @@ MODEL = SegmentAnythingConfig(
     ),
     HeadsConfig(
         PromptEncoderConfig(width=WIDTH, image_size=SIDE_PX),
-        MaskDecoderConfig(width=WIDTH, heads=4, mlp_width=128, iou_hidden=64),
+        MaskDecoderConfig(width=WIDTH, heads=4, mlp_width=128, iou_hidden=64, min_points=1),
         MemoryConfig(
             width=WIDTH,
             memory_width=32,
@@ -50,7 +50,7 @@ MODEL = SegmentAnythingConfig(
             fuser_kernel=3,
             layers=2,
             mlp_width=128,
-            rope_theta=100.0,
+            rope_theta=10.0,
         ),
     ),
 )
@@ -64,15 +64,15 @@ DEMO = register(
     TrainRecipe(
         name="sam2_demo",
         system="sam2",
-        model=Sam2Training(MODEL, PromptingConfig(clicks=2, loss_stride=2)),
+        model=Sam2Training(MODEL, PromptingConfig(points=0.2, clicks=1, loss_stride=2, remat=False)),
         stage="all",
         data=DataConfig(sources=(_videos(0, CLIPS * STEPS),), workers=0, prefetch=4),
         buckets=(ClipBucket(FRAMES, OBJECTS, SIDE_PX),),
         rows=(CLIPS,),
         steps=STEPS,
-        optimizer=OptimizerConfig(method="muon", learning_rate=0.004, warmup=0.05, final_share=0.03, beta2=0.98),
+        optimizer=OptimizerConfig(method="muon", learning_rate=0.003, warmup=0.05, final_share=0.03, beta2=0.98),
         checkpoint=CheckpointConfig(every=0, keep=1),
-        evaluation=EvaluationConfig(every=600, samples=64, pictures=0, sources=(_videos(HELD_OUT_SEED, 64),)),
+        evaluation=EvaluationConfig(every=550, samples=64, pictures=0, sources=(_videos(HELD_OUT_SEED, 64),)),
         log_every=10,
     )
 )

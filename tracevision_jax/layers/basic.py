@@ -92,15 +92,21 @@ def projection(
     param_dtype: Any,
     bias: bool = True,
     axis: int | Sequence[int] = -1,
+    gain: float = 1.0,
+    bias_start: float = 0.0,
 ) -> nn.DenseGeneral:
-    """A linear map over the last axis or axes, named for the parameter tree: (in..., out...) kernels."""
+    """A linear map over the last axis or axes, named for the parameter tree: (in..., out...) kernels.
+
+    Where it is drawn, results are `gain` times as large as what comes in, and biases are `bias_start`.
+    """
     return nn.DenseGeneral(
         features,
         axis=axis,
         use_bias=bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        kernel_init=kernel_init,
+        kernel_init=kernel_init if gain == 1 else nn.initializers.variance_scaling(gain**2, "fan_in", "normal"),
+        bias_init=nn.initializers.constant(bias_start),
         dot_general=dot_rows,
         name=name,
     )

@@ -28,6 +28,8 @@ from tracevision_jax.segmentation.sam_config import MemoryConfig
 
 POSITION_WEIGHT = 0.1
 """Of the sine positions that are added to the features."""
+NEAR = 2.5
+"""See `RotaryAttention.near`: a model that starts from nothing looks at memories where it is itself."""
 
 
 class MemoryTokens(NamedTuple):
@@ -53,6 +55,9 @@ class RotaryAttention(nn.Module):
     config: MemoryConfig
     unplaced: int = 0
     """Keys at the end that have no place in a map: object pointers."""
+    near: float = 0.0
+    """Biases of queries and keys where they are drawn. Rotary positions turn a constant into a preference for keys of
+    the same place, the stronger the larger it is."""
 
     @nn.compact
     def __call__(
@@ -64,8 +69,8 @@ class RotaryAttention(nn.Module):
         visible: Bool[Array, "n keys"] | None = None,
     ) -> Float[Array, "n cells width"]:
         c = self.config
-        q = projection("q_proj", (1, c.width), **precision(c))(queries)
-        k = projection("k_proj", (1, c.width), **precision(c))(keys)
+        q = projection("q_proj", (1, c.width), bias_start=self.near, **precision(c))(queries)
+        k = projection("k_proj", (1, c.width), bias_start=self.near, **precision(c))(keys)
         placed = keys.shape[1] - self.unplaced
         maps = k[:, :placed].reshape(len(k), -1, len(angles), 1, c.width)
         turned = apply_rotary(maps, angles[None, None]).reshape(len(k), placed, 1, c.width)
@@ -98,7 +103,7 @@ class MemoryAttentionLayer(nn.Module):
 
         normed = norm(1, x)
         x = x + RotaryAttention(c, name="self_attn")(normed, normed, normed, angles)
-        cross = RotaryAttention(c, self.pointer_tokens, name="cross_attn_image")
+        cross = RotaryAttention(c, self.pointer_tokens, NEAR, name="cross_attn_image")
         x = x + cross(norm(2, x), keys, values, angles, visible)
         hidden = nn.relu(projection("linear1", c.mlp_width, **precision(c))(norm(3, x)))
         x = x + projection("linear2", c.width, **precision(c))(constrain(hidden, "batch", None, "mlp"))

@@ -20,6 +20,8 @@ from tracevision_jax.layers.vit import layer_norm
 from tracevision_jax.segmentation.sam_config import MemoryConfig
 
 NORM_EPS = 1e-6
+MASK_GAIN = 3.0
+"""Of the masks that are added to features, where it is drawn: what tells objects apart starts as loud as the picture."""
 LAYER_SCALE = 1e-6
 """Of the fuser's blocks when they start."""
 
@@ -45,7 +47,7 @@ class MaskDownsampler(nn.Module):
         for index in range(round(math.log2(c.mask_stride))):
             x = Halving(4 ** (index + 1), name=f"layers_{index}_conv", **precision(c))(x)
             x = nn.gelu(layer_norm(f"layers_{index}_layer_norm", NORM_EPS, **precision(c))(x), approximate=False)
-        return projection("final_conv", c.width, **precision(c))(x)
+        return projection("final_conv", c.width, gain=MASK_GAIN, **precision(c))(x)
 
 
 class FuserBlock(nn.Module):

@@ -29,6 +29,10 @@ from tracevision_jax.vision.sam_config import HIERA_STRIDE, HieraBlockPlan, Hier
 EMBED_KERNEL, EMBED_PADDING = 7, 3
 """Of the convolution that makes the first tokens, pixels."""
 
+START_GAIN = 0.2
+"""Of the neck where it is drawn. No norm stands between the trunk's sums and what memory adds to the maps: at a gain of
+1 a model that starts from nothing does not hear the masks that it remembers."""
+
 
 class ImageFeatures(NamedTuple):
     """What heads and memory read of a picture; all maps have the pyramid's width."""
@@ -138,7 +142,7 @@ class FpnNeck(nn.Module):
         c = self.config
         # The convolution with number 0 is that of the smallest map.
         lateral = [
-            projection(f"convs_{len(stages) - 1 - stage}", c.fpn_width, **precision(c))(x)
+            projection(f"convs_{len(stages) - 1 - stage}", c.fpn_width, gain=START_GAIN, **precision(c))(x)
             for stage, x in enumerate(stages)
         ]
         return lateral[0], lateral[1], lateral[2] + double_nearest(lateral[3])
