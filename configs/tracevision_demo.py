@@ -33,7 +33,7 @@ from tracevision_jax.vision.preprocess import VisionInputConfig
 
 HELD_OUT_SEED = 1_000_003
 SIDE_PX = 96
-EVALUATE_EVERY = 200
+EVALUATE_EVERY = 320
 """Steps; a stage that is no longer is not evaluated on the way, which would take longer than to train it."""
 TOKENS = 480
 """Of the tokenizer."""
@@ -211,7 +211,8 @@ STAGE1_5 = demo_recipe(
 STAGE2 = demo_recipe(
     "stage2",
     (
-        (asked("dialogue", "what"), ("dialogue", "trace_qa")),
+        # Boxes and masks of phrases both: asked for one of them alone, it soon gives it to whoever asks for the other.
+        (asked("dialogue", "what"), ("dialogue", "trace_qa+refer_segment")),
         (
             asked("which_trace", "what", "trace_segment"),
             ("trace_qa+trace_segment", "trace_from_caption+refer_box"),
