@@ -54,6 +54,7 @@ TVP: tuple[Rule, ...] = (
     (r"tvp/[xy]_bins$", P(None, "fsdp")),
     (r"tvp/.*/o/kernel$", P("tensor", None, "fsdp")),
     (r"tvp/.*/ffn_in/kernel$", P("fsdp", "tensor")),
+    (r"tvp/.*/ffn_in/bias$", P("tensor")),
     (r"tvp/.*/ffn_out/kernel$", P("tensor", "fsdp")),
     (r"tvp/time_bias$", P("tensor")),
     (r"tvp/", P()),

@@ -9,7 +9,7 @@ that does not fit is refused before anything is compiled, with the nearest that 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -133,6 +133,44 @@ def training_program(
     rules: tuple[Rule, ...] = PARAMETERS,
 ) -> Program:
     """The step on batches of `rows` rows of a bucket, on a mesh that fits (`fitting_mesh`)."""
+    shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
+    lower, (state, frozen, batch) = lowered_step(system, recipe, bucket, rows, mesh, rules)
+
+    def loss(trained: Any, given: tuple[Any, Any]) -> jax.Array:
+        frozen, batch = given
+        sums, weights, _ = system.loss(merge(trained, frozen), system.init_state(), batch, jax.random.key(0))
+        return total_loss(system.coefficients, sums, weights)
+
+    trained_shapes, *given = jax.tree.map(_without_place, (state.trained, frozen, batch))
+    given = tuple(given)
+    holders = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")) * recipe.accumulation
+    return Program(
+        name=f"train on rows of {bucket}",
+        lower=lower,
+        held={"parameters": (state.trained, frozen), "optimizer": state.optimizer, "batch": batch},
+        flops=training_flops(loss, trained_shapes, given, parts_of(shapes)),
+        tokens=jax.eval_shape(lambda batch: batch.filled, given[1]).size,
+        rows=rows,
+        kept={
+            "gradients": shard_bytes(state.trained),
+            "activations": kept_for_backward(loss, trained_shapes, given) // holders,
+        },
+    )
+
+
+def _without_place(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def lowered_step(
+    system: System,
+    recipe: TrainRecipe,
+    bucket: Any,
+    rows: int,
+    mesh: Mesh,
+    rules: tuple[Rule, ...] = PARAMETERS,
+) -> tuple[Callable[[], Any], tuple[Any, Any, Any]]:
+    """What lowers the step, and its arguments (state, frozen parameters, batch) as shapes with their layouts."""
     optimizer = make_optimizer(recipe.optimizer, STEPS)
     shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
     places = parameter_shardings(shapes, mesh, rules)
@@ -162,25 +200,7 @@ def training_program(
         with jax.set_mesh(mesh):
             return step.lower(state, frozen, batch)
 
-    def loss(trained: Any, given: tuple[Any, Any]) -> jax.Array:
-        frozen, batch = given
-        sums, weights, _ = system.loss(merge(trained, frozen), system.init_state(), batch, jax.random.key(0))
-        return total_loss(system.coefficients, sums, weights)
-
-    given = (frozen_shapes, batch_shapes)
-    holders = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")) * recipe.accumulation
-    return Program(
-        name=f"train on rows of {bucket}",
-        lower=lower,
-        held={"parameters": (state.trained, frozen), "optimizer": state.optimizer, "batch": batch},
-        flops=training_flops(loss, state_shapes.trained, given, parts_of(shapes)),
-        tokens=jax.eval_shape(lambda batch: batch.filled, batch_shapes).size,
-        rows=rows,
-        kept={
-            "gradients": shard_bytes(state.trained),
-            "activations": kept_for_backward(loss, state_shapes.trained, given) // holders,
-        },
-    )
+    return lower, (state, frozen, batch)
 
 
 def parts_of(shapes: Any) -> list[str]:
