@@ -1,4 +1,5 @@
-# `make` alone lists the targets. Variables: PYTHON (3.11 or newer), VENV, TORCH_INDEX, PYTEST_ARGS, DEMO_ARGS, BENCH.
+# `make` alone lists the targets. Variables: PYTHON (3.11 or newer), VENV, TORCH_INDEX, PYTEST_ARGS, FAULTS_ARGS,
+# DEMO_ARGS, BENCH.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 BENCH ?= $(filter-out ablation __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: help setup venv demo test lint format ablation bench clean
+.PHONY: help setup venv demo test faults lint format ablation bench clean
 
 help: ## List the targets
 	@echo "tracevision-jax: make TARGET"
@@ -40,6 +41,9 @@ demo: $(STAMP) ## Train, evaluate and draw on synthetic scenes, 15 minutes on tw
 
 test: $(STAMP) ## Run all tests on the CPU with two workers (PYTEST_ARGS="-k name" to choose)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+
+faults: $(STAMP) ## Kill a training run at random instants, 20 times (FAULTS_ARGS="--kills 3"), and compare every bit
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.faults.random_kills $(FAULTS_ARGS)
 
 lint: $(STAMP) ## Check format, style and types
 	$(BIN)/ruff format --check .

@@ -36,6 +36,11 @@ class ClipRecords:
     def __len__(self) -> int:
         return len(self.source)
 
+    def place(self, index: int) -> str:
+        """The file that a clip is read from, where the source can say so."""
+        place = getattr(self.source, "place", None)
+        return place(index) if place else ""
+
     def __getitem__(self, index: int) -> Clip:
         """Read a video and choose.
 

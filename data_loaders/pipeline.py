@@ -7,17 +7,22 @@ The state is the step number. A batch depends on it alone (not on workers, threa
 so a resumed run continues exactly, also with other numbers of workers or processes.
 
 A record that cannot be used (BadRecord, any exception while decoding or laying it out) becomes an empty slot
-of weight 0 and a `BadRecordReport` with its reason and file; the rest of its row is kept.
+of weight 0 and a `BadRecordReport` with its reason and file; the rest of its row is kept. What may pass is tried again
+(`data_loaders/reading.py`), workers that die or hang are started again (`data_loaders/supervision.py`), both so many
+times; too large a share of bad records ends the run.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import absl.flags
 import grain
@@ -25,9 +30,14 @@ import jax
 import numpy as np
 
 from data_loaders.plan import Plan, Record, rows_of_process
+from data_loaders.reading import Notes, Tolerance, read
+from data_loaders.supervision import Supervision
 from tracevision_jax.records.sample import BadRecord
 from tracevision_jax.systems.protocol import Batch, Bucket
 from tracevision_jax.training.source import BadRecordReport, StepBatch
+
+LINGER_SECONDS = 60.0
+"""How long a worker goes on after SIGTERM."""
 
 Row = Any
 MakeRow = Callable[[list[Any]], Row]
@@ -36,8 +46,12 @@ Collate = Callable[[list[Row], Bucket], Batch]
 """Rows of this process -> its part of the batch, as numpy arrays."""
 
 
+@runtime_checkable
 class Records(Protocol):
-    """Random access to the samples of a source; raises BadRecord for those that cannot be used."""
+    """Random access to the samples of a source; raises BadRecord for those that cannot be used.
+
+    A method `place(index)`, where there is one, names the file that a record is read from, without opening it.
+    """
 
     def __len__(self) -> int: ...
 
@@ -61,6 +75,14 @@ class Pipeline:
     process: int | None = None
     processes: int | None = None
     """Which share of each batch is made here; by default, jax's process number and count."""
+    retries: int = 3
+    """How often to try again what may pass: a read that fails, a worker that dies or hangs."""
+    timeout: float = 600.0
+    """Seconds to wait for a batch; then the reading hangs."""
+    bad_limit: float = 0.2
+    """Share of the last records that may be unusable."""
+    report: Callable[[str], None] = print
+    """Takes a line when data are slow or a worker was started again."""
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -83,13 +105,55 @@ class Pipeline:
         return f"{self.plan.describe()}\n{self.steps:,} steps; rows are made in {where}"
 
     def batches(self, start: int = 0) -> Iterator[StepBatch]:
-        """Yield the batches of the steps from `start` on; closing the iterator ends the workers."""
+        """Yield the batches of the steps from `start` on; closing the iterator ends the workers.
+
+        Raises:
+            UserError: workers die or hang again and again, or too many records cannot be used.
+        """
         if start >= self.steps:
             return
+        tolerance = Tolerance(self.bad_limit)
+        with tempfile.TemporaryDirectory(prefix="tracevision-data-", ignore_cleanup_errors=True) as folder:
+            notes = Notes(Path(folder))
+            supervision = Supervision(
+                functools.partial(self._open, notes),
+                notes,
+                steps=self.steps,
+                timeout=self.timeout,
+                retries=self.retries,
+                workers=self.workers,
+                name=self._name,
+                report=self.report,
+            )
+            # On the CPU jax takes numpy arrays as they are, and would hold on to the workers' shared memory.
+            copies = bool(self.workers) and jax.default_backend() == "cpu"
+            with contextlib.closing(supervision.steps_from(start)) as every:
+                for made in every:
+                    planned = self.plan.step(made["step"])
+                    arrays = made["arrays"]
+                    if copies:
+                        arrays = {name: np.array(array) for name, array in arrays.items()}
+                    batch, bad = made["kind"](**arrays), made["bad"]
+                    troubles = supervision.take_troubles()
+                    yield StepBatch(planned.step, planned.epoch, planned.bucket, batch, bad, troubles)
+                    tolerance.add(made["records"], bad)  # after the step has been taken, and its bad records noted
+
+    def _open(self, notes: Notes, start: int, skipped: dict[Record, str]) -> Iterator[dict[str, Any]]:
+        """Grain's iterator over what `_StepMaker` makes, from a step on."""
         process = jax.process_index() if self.process is None else self.process
         processes = jax.process_count() if self.processes is None else self.processes
         maker = _StepMaker(
-            self.plan, tuple(self.records), self.make_row, self.collate, start, self.steps, process, processes
+            self.plan,
+            tuple(self.records),
+            self.make_row,
+            self.collate,
+            start,
+            self.steps,
+            process,
+            processes,
+            self.retries,
+            notes,
+            dict(skipped),
         )
         # Python's threads share one core: two keep it busy while one waits for a file.
         threads, ahead = (1, 1) if self.workers else (2, max(self.prefetch, 2))
@@ -101,30 +165,37 @@ class Pipeline:
             each = grain.multiprocessing.MultiprocessingOptions(
                 num_workers=self.workers, per_worker_buffer_size=max(1, self.prefetch // self.workers)
             )
-            dataset = dataset.mp_prefetch(each, worker_init_fn=start_worker)
-        # On the CPU jax takes numpy arrays as they are, and would hold on to the workers' shared memory.
-        copies = bool(self.workers) and jax.default_backend() == "cpu"
-        iterator = iter(dataset)
-        try:
-            for made in iterator:
-                planned = self.plan.step(made["step"])
-                arrays = made["arrays"]
-                if copies:
-                    arrays = {name: np.array(array) for name, array in arrays.items()}
-                batch = made["kind"](**arrays)
-                yield StepBatch(planned.step, planned.epoch, planned.bucket, batch, made["bad"])
-        finally:
-            if hasattr(iterator, "close"):
-                iterator.close()
+            dataset = dataset.mp_prefetch(each, worker_init_fn=functools.partial(start_worker, notes))
+        return iter(dataset)
+
+    def _name(self, record: Record) -> str:
+        """What messages call a record."""
+        place = place_of(self.records[record[0]], record[1])
+        return f"record {record[1]} of {self.plan.sources[record[0]].name}" + (f" ({place})" if place else "")
 
 
-def start_worker(worker: int, workers: int) -> None:
+def place_of(records: Records, index: int) -> str:
+    """The file that a record is read from, where its source can say so."""
+    place: Callable[[int], str] | None = getattr(records, "place", None)
+    return place(index) if place else ""
+
+
+def start_worker(notes: Notes, worker: int, workers: int) -> None:
     """Set up a worker process: it keeps off accelerators, and ends when the training process does.
 
-    Ctrl-C reaches the workers as well; they go on, since the training process finishes its step first.
+    Ctrl-C and SIGTERM may reach the workers as well; they go on, since the training process finishes its step first
+    and then ends them (within a minute: what ends a process also sends it SIGTERM).
     """
+
+    def end_later(*_: object) -> None:
+        timer = threading.Timer(LINGER_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    notes.enrol()
     with contextlib.suppress(ValueError):  # only the main thread may say so
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, end_later)
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
     parent = multiprocessing.parent_process()
@@ -149,6 +220,10 @@ class _StepMaker:
     steps: int
     process: int
     processes: int
+    retries: int
+    notes: Notes
+    skipped: dict[Record, str]
+    """Records that are not to be read, and why."""
 
     def __len__(self) -> int:
         return self.steps - self.start
@@ -160,14 +235,19 @@ class _StepMaker:
         bad: list[BadRecordReport] = []
         rows = [self._row(planned.step, records, bad) for records in share]
         batch = self._batch(planned.step, planned.bucket, rows, share, bad)
-        return {"step": planned.step, "kind": type(batch), "arrays": dict(vars(batch)), "bad": tuple(bad)}
+        records = sum(len(row) for row in share)
+        arrays = dict(vars(batch))
+        return {"step": planned.step, "kind": type(batch), "arrays": arrays, "bad": tuple(bad), "records": records}
 
     def _row(self, step: int, records: tuple[Record, ...], bad: list[BadRecordReport]) -> Row:
         """Lay a row out; records that cannot be read or laid out are left out of it and reported."""
         samples: list[tuple[Record, Any]] = []
         for record in records:
             try:
-                samples.append((record, self.records[record[0]][record[1]]))
+                if record in self.skipped:
+                    raise BadRecord(self.skipped[record])
+                with self.notes.reading(record):
+                    samples.append((record, read(self.records[record[0]], record[1], self.retries)))
             except Exception as error:
                 bad.append(self._report(step, record, error))
         try:
@@ -218,7 +298,8 @@ class _StepMaker:
 
     def _report(self, step: int, record: Record, error: Exception) -> BadRecordReport:
         name = self.plan.sources[record[0]].name
+        place = place_of(self.records[record[0]], record[1])
         if isinstance(error, BadRecord):
-            return BadRecordReport(step, name, record[1], error.reason, error.file)
-        file = str(getattr(error, "filename", None) or "")
+            return BadRecordReport(step, name, record[1], error.reason, error.file or place)
+        file = str(getattr(error, "filename", None) or place)
         return BadRecordReport(step, name, record[1], f"{type(error).__name__}: {error}", file)

@@ -85,6 +85,11 @@ class ConversationRecords:
         # Any of the questions may come first, as it does when it is asked alone.
         return sample, [templates.join([parts[k] for k in rng.permutation(len(parts))]) for parts in dialogues]
 
+    def place(self, index: int) -> str:
+        """The file that a record is read from, where the source can say so."""
+        place = getattr(self.source, "place", None)
+        return place(index) if place else ""
+
     def fingerprint(self) -> str:
         """Changes whenever a record does."""
         return hashlib.sha256(f"{self.source.fingerprint()} {self.tasks} {self.seed}".encode()).hexdigest()[:32]

@@ -18,7 +18,7 @@ from tracevision_jax.inference.answers import Answer
 from tracevision_jax.inference.rendering import frame_indices
 from tracevision_jax.records import templates
 from tracevision_jax.records.processor import Processor
-from tracevision_jax.records.sample import Conversation, MaskPart, Sample
+from tracevision_jax.records.sample import Conversation, MaskPart, PhrasePart, Sample
 from tracevision_jax.vision.run_lengths import encode_mask
 
 
@@ -40,7 +40,7 @@ class ReferBox:
                 sample,
                 templates.locate(region.phrase, None),
                 {"phrase": region.phrase, "truth": region.box[0].tolist()},
-                begins=functools.partial(Processor.box_beginning, phrase=region.phrase),
+                outline=functools.partial(Processor.box_beginning, phrase=region.phrase),
             )
             for number, region in enumerate(sample.regions)
             if np.isfinite(region.box[0]).all()
@@ -112,7 +112,12 @@ class TraceSegment:
         if not conversations and self.name in sample.tasks:
             conversations = [templates.build(sample, self.name)]
         return [
-            Prompt(f"{sample.id} {number}", sample, without_words(asked) if self.blind else asked)
+            Prompt(
+                f"{sample.id} {number}",
+                sample,
+                without_words(asked) if self.blind else asked,
+                outline=Processor.phrase_beginning if _begins_with_phrase(asked) else None,
+            )
             for number, asked in enumerate(conversations)
         ]
 
@@ -121,6 +126,12 @@ class TraceSegment:
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         return mask_tables(f"Masks of what a trace rests on ({len(records)} traces)", records)
+
+
+def _begins_with_phrase(asked: Conversation) -> bool:
+    """Whether the true answer names its target first, as answers to requests for masks do, so that ours has to."""
+    parts = asked.turns[-1].parts
+    return bool(parts) and isinstance(parts[0], PhrasePart)
 
 
 def mask_record(prompt: Prompt, answer: Answer) -> Record:

@@ -97,7 +97,7 @@ def read_stage(directory: str | Path, name: str) -> Stage | None:
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             line = json.loads(text)
-            if line["kind"] in ("rejected", "went_back"):
+            if line["kind"] in ("rejected", "went_back", "data", "goodput"):
                 continue
             kind = {"train": train, "evaluation": evaluations}[line["kind"]]
             _ = line["step"], line["parts" if line["kind"] == "train" else "values"]

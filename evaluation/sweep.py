@@ -153,10 +153,10 @@ class Sweep:
 
     def _answer(self, task: Task, prompts: Sequence[tuple[Prompt, Piece]]) -> Iterator[Record]:
         """Records of a batch of prompts."""
-        force = [prompt.begins(self.processor) if prompt.begins else [] for prompt, _ in prompts]
+        force = [prompt.outline(self.processor) if prompt.outline else [] for prompt, _ in prompts]
         answers = self.engine.generate(
             [piece for _, piece in prompts],
-            max_new_tokens=[len(beginning) + task.budget(self.processor) for beginning in force],
+            max_new_tokens=[len(outline) + task.budget(self.processor) for outline in force],
             force=force,
             rows=self.rows,
         )

@@ -18,7 +18,7 @@ from tracevision_jax.records.sample import BadRecord, Conversation, Sample, Trac
 
 Record = dict[str, Any]
 """JSON values."""
-Beginning = Callable[[Processor], list[int]]
+Outline = Callable[[Processor], list[int]]
 
 SEARCHED = 16
 """Samples that are looked at to find another one for a control."""
@@ -45,8 +45,8 @@ class Prompt:
     conversation: Conversation
     truth: Record = field(default_factory=dict)
     """What the record keeps of the truth; JSON values."""
-    begins: Beginning | None = None
-    """Tokens that the answer has to begin with."""
+    outline: Outline | None = None
+    """Tokens that the answer is held to: its beginning, or more (`generation.Generator.generate`)."""
     control: bool = False
 
 
@@ -70,7 +70,7 @@ class Task(Protocol):
         ...
 
     def budget(self, processor: Processor) -> int:
-        """Most tokens of an answer beyond its given beginning, the end token included."""
+        """Most tokens of an answer beyond those that it is held to, the end token included."""
         ...
 
     def prompts(self, samples: Samples, index: int) -> list[Prompt]:

@@ -99,14 +99,14 @@ class TracePrediction:
             return []
         truth = {"caption": sample.caption}
         asked = templates.predict_trace(sample.caption, None)
-        begins = functools.partial(Processor.trajectory_beginning, caption=sample.caption)
-        prompts = [Prompt(sample.id, sample, asked, truth, begins)]
+        outline = functools.partial(Processor.trajectory_outline, caption=sample.caption)
+        prompts = [Prompt(sample.id, sample, asked, truth, outline)]
         other = another(samples, index, lambda sample: bool(sample.caption)) if self.control else None
         if other is not None:
             asked = templates.predict_trace(other.caption, None)
             truth = {"caption": other.caption}
-            begins = functools.partial(Processor.trajectory_beginning, caption=other.caption)
-            prompts.append(Prompt(f"{sample.id} control", sample, asked, truth, begins, True))
+            outline = functools.partial(Processor.trajectory_outline, caption=other.caption)
+            prompts.append(Prompt(f"{sample.id} control", sample, asked, truth, outline, True))
         return prompts
 
     def record(self, prompt: Prompt, answer: Answer, processor: Processor) -> Record:

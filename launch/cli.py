@@ -8,8 +8,10 @@ A sub-command NAME is the module `launch/NAME.py`, imported only when it is call
   then reads overrides of its fields); `parse_with_tyro` serves it as well.
 
 A module imports jax inside `run`, so that help and mistakes in flags take no time. Exit codes: 0; 1 for a
-defect (with a traceback); 2 for a mistake of the user (one message); 130 when interrupted.
-`TRACEVISION_DEBUG=1` shows every traceback.
+defect (with a traceback); 2 for a mistake of the user (one message); 130 when interrupted; 75 when training was told to
+stop by SIGTERM and has saved.
+`TRACEVISION_DEBUG=1` shows every traceback; `TRACEVISION_COMPILATION_CACHE` moves the cache of compiled programs or
+turns it off (`launch/compilation_cache.py`).
 """
 
 import dataclasses
@@ -23,7 +25,8 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from tracevision_jax.errors import UserError
+from launch import compilation_cache
+from tracevision_jax.errors import Stuck, UserError
 from tracevision_jax.nearest import suggest
 
 PROGRAM = "tracevision"
@@ -51,6 +54,14 @@ GROUPS: dict[str, dict[str, Command]] = {
         "train": Command(
             "train a recipe of configs/, or continue it; any field is a flag",
             "tracevision train tracevision_7b_stage1 --init-from checkpoints/qwen7b --mesh.fsdp 64",
+        ),
+        "supervise": Command(
+            "start the processes of a run on this host; end all when one dies, with one message",
+            "tracevision supervise --processes 8 -- tracevision train tracevision_7b_stage1 --mesh.fsdp 8",
+        ),
+        "launch": Command(
+            "write what starts a recipe on a cluster: SLURM, GKE, XPK or TPU VM",
+            "tracevision launch slurm tracevision_7b_stage1 --nodes 2 -- --out /data/runs/s1 --mesh.fsdp 16",
         ),
         "compile": Command(
             "what a recipe needs and takes on chips that are not here: memory, FLOPs, collectives, step time",
@@ -123,12 +134,17 @@ def version_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; `argv` is what follows the word `tracevision`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    compilation_cache.enable(os.environ)
     try:
         return _dispatch(argv)
     except UserError as error:
         _print_traceback_when_debugging()
         prefix = f"{PROGRAM} {argv[0]}" if argv and argv[0] in COMMANDS else PROGRAM
         print(f"{prefix}: {error}", file=sys.stderr)
+        if isinstance(error, Stuck):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)  # the interpreter would wait for the thread that hangs
         return 2
     except KeyboardInterrupt:
         _print_traceback_when_debugging()

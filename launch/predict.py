@@ -143,13 +143,13 @@ def _answer(model: "TraceVisionInference", args: Args) -> tuple["Answer", Any, l
     traces = [read_trace(path) for path in args.trace]
     processor, force = model.processor, []
     if args.caption is not None:
-        asked, force = templates.predict_trace(args.caption, None), processor.trajectory_beginning(args.caption)
+        asked, force = templates.predict_trace(args.caption, None), processor.trajectory_outline(args.caption)
     elif args.locate is not None:
         asked, force = templates.locate(args.locate, None), processor.box_beginning(args.locate)
     elif args.segment:
         asked = templates.segment_phrases([], prompt=" ".join(args.segment))
     elif args.segment is not None:
-        asked = templates.segment_trace(TracePart(traces[0]), [])
+        asked, force = templates.segment_trace(TracePart(traces[0]), []), processor.phrase_beginning()
     elif args.ask:
         letters = {chr(ord("A") + number): points for number, points in enumerate(traces)}
         asked = conversation_of(args.ask, letters, len(sample.frames))

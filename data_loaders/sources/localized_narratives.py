@@ -167,6 +167,12 @@ class LocalizedNarratives:
         name = f"{record.image_id}/{record.annotator_id}/{lines.file.stem}:{lines.numbers[row]}"
         return NarrativeParts(name, record, image, regions, questions, extra)
 
+    def place(self, index: int) -> str:
+        """The line of a record."""
+        number = bisect_right(self._ends, index)
+        lines = self._indices[number]
+        return f"{lines.file}:{lines.numbers[index - (self._ends[number] - len(lines))]}"
+
     def __getitem__(self, index: int) -> Sample:
         """Read one record and its image.
 

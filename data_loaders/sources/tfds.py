@@ -8,8 +8,10 @@ images.
 
 import hashlib
 import json
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,12 @@ class TfdsNarratives:
             raise BadRecord(bad.reason, place, bad.record) from None
         except UserError as error:
             raise BadRecord(str(error), place) from error
+
+    def place(self, index: int) -> str:
+        """The shard that holds a record."""
+        ends = list(accumulate(self._state["splits"][self.split]["finished"]["shard_lengths"]))
+        shard = bisect_right(ends, index)
+        return str(Target(Path(self.folder), self.name).shard(self.split, shard, len(ends)))
 
     def sizes(self, index: int) -> RecordSize:
         """Size of a record, from the length index."""

@@ -1,8 +1,10 @@
 """The ablation's variants and table; training them takes hours and is `make ablation`."""
 
+import jax
 import pytest
 
 from benchmarks import ablation
+from configs import registry
 from tracevision_jax.errors import UserError
 
 
@@ -17,6 +19,15 @@ def test_variants_change_one_thing_each():
     assert {directions[name] for name in ("both", "none", "trace_to_vision", "vision_to_trace")} == {
         *("both", "none", "trace_to_vision", "vision_to_trace")
     }
+
+
+@pytest.mark.parametrize("name", ["none", "trace_to_vision", "vision_to_trace"])
+def test_systems_of_every_direction_can_be_drawn(name):
+    recipe = ablation._recipe("stage1_5", 0, 1.0, ablation.VARIANTS[name][1])
+    system = registry.system(recipe.system).build(recipe)
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    blocks = params["tvp"].get("block_0", {})
+    assert bool(blocks) == ("out_scale" in params["tvp"]) == (name != "none")
 
 
 @pytest.mark.parametrize("name", ["uniform", "plain"])

@@ -133,6 +133,8 @@ def test_lines_about_rejected_steps_are_no_points_of_a_curve(tmp_path):
     path = tmp_path / "stage1" / "metrics.jsonl"
     before = read_stage(path.parent, "stage1")
     with path.open("a") as file:
-        file.write(json.dumps({"kind": "rejected", "step": 21, "steps": 1}) + "\n")
+        file.write(json.dumps({"kind": "rejected", "step": 21, "loss": "nan", "gradient_norm": "nan"}) + "\n")
+        file.write(json.dumps({"kind": "goodput", "step": 21, "goodput": {"useful": 3.0}}) + "\n")
+        file.write(json.dumps({"kind": "data", "step": 21, "trouble": "a worker died"}) + "\n")
         file.write(json.dumps({"kind": "went_back", "step": 21, "checkpoint": 8, "rejected": 2}) + "\n")
     assert read_stage(path.parent, "stage1") == before

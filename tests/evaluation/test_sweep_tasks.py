@@ -19,7 +19,7 @@ from tests.inference import tiny
 from tracevision_jax.errors import UserError
 from tracevision_jax.inference.answers import Answer, Box, Mask, Phrase, Trajectory
 from tracevision_jax.records.processor import Processor
-from tracevision_jax.records.sample import MaskPart, TracePart
+from tracevision_jax.records.sample import MaskPart, Question, TracePart, Turn
 from tracevision_jax.systems.config_json import to_json
 from tracevision_jax.trajectory.tokens import from_bins, to_bins
 
@@ -31,6 +31,13 @@ COUNT = 6
 def samples() -> SyntheticSource:
     opened = benchmarks.open_scenes(benchmarks.BenchmarkData(scenes=SCENES))
     return dataclasses.replace(opened, count=COUNT)
+
+
+class Reworded(list):
+    """Samples made by hand."""
+
+    def fingerprint(self) -> str:
+        return "by hand"
 
 
 def answered(task, samples, reply, count: int = COUNT) -> list[dict]:
@@ -182,6 +189,17 @@ def test_true_masks_score_one_and_none_scores_nothing(task, samples):
     assert none == {"cIoU": 0.0, "gIoU": 0.0, "answers with a mask": 0.0}
     full = numbers(task, answered(task, samples, lambda prompt: (Mask(np.ones((1, 4, 4))),)))
     assert 0 < full["cIoU"] < 0.5
+
+
+def test_what_a_trace_rests_on_is_named_first_where_the_true_answer_does_so(samples):
+    processor = tiny.processor()
+    (prompt, *_) = TraceSegment().prompts(samples, 0)
+    assert prompt.outline is not None
+    assert processor.vocabulary.decode(prompt.outline(processor)) == "<|object_ref_start|>"
+    spoken = Turn("assistant", ("Here: ", *prompt.conversation.turns[-1].parts))
+    question = Question((*prompt.conversation.turns[:-1], spoken), "trace_segment")
+    (prompt,) = TraceSegment().prompts(Reworded([dataclasses.replace(samples[0], questions=(question,))]), 0)
+    assert prompt.outline is None
 
 
 def test_masks_of_a_video_are_compared_at_the_frames_that_were_shown():

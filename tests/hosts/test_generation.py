@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,7 @@ from tracevision_jax.hosts.grammar import Grammar, answer_grammar, text_grammar
 from tracevision_jax.hosts.sampling import sampling_settings
 from tracevision_jax.language.config import LanguageConfig
 from tracevision_jax.language.model import LanguageModel
+from tracevision_jax.records.vocabulary import GAP
 
 TINY = LanguageConfig(
     vocab_size=150,
@@ -312,6 +314,34 @@ def test_forced_beginnings_and_all_that_follows_parse(style: str) -> None:
     assert {"<traj>", "<|box_start|>", "[SEG]"} <= set(kinds)
 
 
+def test_between_forced_tokens_the_model_closes_what_they_opened() -> None:
+    t, vocabulary = tracing("bins"), vocabulary_of("bins")
+    end, opened = vocabulary.special("<|im_end|>"), [*vocabulary.marked("a ring"), vocabulary.traj_open]
+    outline = [*opened, GAP, *opened, GAP, end]
+    lengths = [4, 9, 6]
+    result = t.generate(t.prompts(lengths, 16), max_new_tokens=40, force=[outline, [], outline])
+    alone = t.generate(t.prompts(lengths, 16), max_new_tokens=40)
+    assert result.answers()[1] == alone.answers()[1], "other rows are free"
+    for row in (0, 2):
+        answer = result.answers()[row]
+        stretches = "".join(f"<{token}>" for token in answer)
+        points = rf"((?!<{vocabulary.traj_close}>)<\d+>)+<{vocabulary.traj_close}>"
+        part = "".join(f"<{token}>" for token in opened)
+        assert re.fullmatch(f"{part}{points}{part}{points}", stretches)
+        assert result.finish[row] == ENDED and int(result.tokens[row, len(answer)]) == end
+        assert structures(vocabulary, answer, max_points=4).count("<traj>") == 2
+
+
+def test_forced_tokens_that_the_budget_has_no_room_for_are_left_out() -> None:
+    t, vocabulary = tracing("bins"), vocabulary_of("bins")
+    opened = [*vocabulary.marked("a ring"), vocabulary.traj_open]
+    budget = 2 * len(opened) + 5  # room for both, if the first were closed at once
+    result = t.generate(t.prompts([4], 16), max_new_tokens=budget, force=[*opened, GAP, *opened])
+    (answer,) = result.answers()
+    assert answer[: len(opened)] == opened and len(answer) <= budget
+    assert structures(vocabulary, answer, max_points=4).count("<traj>") == 1, "what was opened is closed"
+
+
 def test_the_slots_of_a_mask_have_hidden_states_even_at_the_very_end_of_the_budget() -> None:
     t, vocabulary = tracing("bins"), vocabulary_of("bins")
     result = t.generate(t.prompts([4], 16), max_new_tokens=7, force=[vocabulary.seg])
@@ -328,6 +358,8 @@ def test_the_slots_of_a_mask_have_hidden_states_even_at_the_very_end_of_the_budg
         ({"max_new_tokens": 8, "force": [[1], [2], [3]]}, "3 forced beginnings for 2 rows"),
         ({"max_new_tokens": [8, 2], "force": [1, 2, 3]}, "at most 2 tokens cannot begin"),
         ({"max_new_tokens": 8, "force": [151]}, "not in the vocabulary"),
+        ({"max_new_tokens": 8, "force": [1, GAP, 151]}, "not in the vocabulary"),
+        ({"max_new_tokens": 4, "force": [1, GAP, 1, 2, 3]}, "at most 2 tokens cannot begin"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(options: dict, message: str) -> None:

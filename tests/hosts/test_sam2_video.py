@@ -93,6 +93,7 @@ def test_every_frame_from_the_references_memory_gives_what_the_reference_gives(r
     """Clicks, boxes, masks (an empty one too); a second conditioning frame; a correction; forwards, then backwards."""
     pixels, errors = drawn_video(FRAMES), Errors()
     encode_frames, with_prompts, without, traces = programs(release)
+    traced_before = len(traces)
     oracle = Oracle(release, pixels, THINGS)
     maps = encode_frames(whole_parameters(release), pixels)
 
@@ -128,7 +129,8 @@ def test_every_frame_from_the_references_memory_gives_what_the_reference_gives(r
         print(f"{release}, {name}: largest error {errors.worst[name]:.1e}, floor {errors.floor[name]:.1e}")
     print(f"{release}: {len(errors.present)} frames of objects, {sum(errors.present)} of them with the object")
     assert len(errors.present) == 3 + 3 + (19 * 3 - 2) + 3 + (14 * 3 - 3)
-    assert sorted(traces) == ["encode", "prompted_step", "propagate_step"]
+    traced = traces[traced_before:]  # programs are shared with other tests, which may come first
+    assert len(traced) == len(set(traced)), "nothing is compiled twice"
     assert 30 < sum(errors.present) < 75
 
 
@@ -180,20 +182,25 @@ def clip():
 
 
 def test_a_scan_over_frames_is_a_loop_of_steps_and_compiles_once():
-    """Forwards and backwards; frames that only fill up the batch leave the bank as it was."""
+    """Forwards and backwards; frames that only fill up the batch leave the bank as it was.
+
+    Memories are rounded to bfloat16, on whose edges two programs may differ: each step starts from the scan's own bank.
+    """
     run, traces = clip()
     maps, _, before = started()
     _, _, without, _ = programs("sam2.1")
     params, write = whole_parameters("sam2.1"), jnp.array([[True], [True], [True], [False]])
     for times, reverse in ((jnp.arange(1, 5), False), (jnp.array([9, 8, 7, 6]), True)):
-        found, bank = run(params, drawn_video(FRAMES)[times], before, times, write, reverse)
-        wanted = before
+        pixels, after = drawn_video(FRAMES)[times], before
+        found, bank = run(params, pixels, before, times, write, reverse)
         for index, time in enumerate(times):
-            frame, after = without(params, frame_of(maps, time), wanted, time, reverse=reverse)
+            _, so_far = run(params, pixels, before, times, write & (jnp.arange(4) < index)[:, None], reverse)
+            same(so_far, after, tolerance=1e-3)
+            frame, next_one = without(params, frame_of(maps, time), so_far, time, reverse=reverse)
             same(results(at(found, index)), results(frame))
             assert not frame.settled.any()
-            wanted = after if write[index] else wanted
-        same(bank, wanted, tolerance=1e-3)  # memories are rounded to bfloat16
+            after = next_one if write[index] else so_far
+        same(bank, after, tolerance=1e-3)
         assert found.memories is None and bank.memory_valid.sum() == 4 * THINGS
     assert len(traces) == 1
 

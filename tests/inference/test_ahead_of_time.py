@@ -36,9 +36,9 @@ def test_a_token_costs_one_turn_of_the_loop(programs):
     """Products of a token with every matrix of the language model, and attention to the whole cache."""
     _, found = programs
     c = small_system().config.host.language
-    matrices = (
-        c.layers * c.width * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.mlp_width) + c.width * c.output_size
-    )
+    columns = c.vocab_size + c.added_tokens  # the base's columns of no token are in its product, and masked after it
+    layer = 2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.mlp_width
+    matrices = c.layers * c.width * layer + c.width * columns
     cache = 64  # places: 32 + 16, up to a whole step of the cache's size
     attention = c.layers * 2 * c.heads * c.head_dim * cache
     assert found["decode"].flops.model_full_square == 2 * ROWS * (matrices + attention)

@@ -62,10 +62,12 @@ def test_each_task_asks_what_its_template_asks(ask, text, model, asked):
     assert asked[0].startswith("<|im_start|>user\n<|vision_start|><|vision_end|>") and text in asked[0]
 
 
-def test_trajectories_and_boxes_are_begun_for_the_model(model, asked):
+def test_trajectories_boxes_and_what_a_trace_rests_on_are_begun_for_the_model(model, asked):
     for ask, end in (
         (lambda: model.predict_trace(PICTURE, "a star"), "assistant\n<traj>"),
         (lambda: model.locate(PICTURE, "a star"), "<|object_ref_start|>a star<|object_ref_end|><|box_start|>"),
+        (lambda: model.segment(PICTURE, np.array(TRACE)), "assistant\n<|object_ref_start|>"),
+        (lambda: model.segment(PICTURE, "a star"), "assistant\n"),
         (lambda: model.describe(PICTURE, TRACE), "assistant\n"),
     ):
         with pytest.raises(StopAsking):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from tracevision_jax.records.sample import (
     Turn,
     UnitNamesPart,
 )
-from tracevision_jax.records.vocabulary import SLOTS, Vocabulary
+from tracevision_jax.records.vocabulary import GAP, SLOTS, Vocabulary
 from tracevision_jax.trajectory.tokens import format_trajectory, from_bins, ids_to_bins, parse_all_digits, to_bins
 
 POINTS = np.array([[0.012, 0.345, 0.0], [0.5, 0.5, 0.4], [0.999, 0.1, 0.9]])
@@ -83,9 +84,12 @@ def test_a_linked_trajectory_names_each_phrase_before_the_points_of_its_time(voc
         "<|object_ref_start|>A red circle<|object_ref_end|><traj><12><345><500><500></traj>"
         "<|object_ref_start|>A small star<|object_ref_end|><traj><999><100></traj><|im_end|>"
     )
-    begins = vocabulary.decode(linked.trajectory_beginning(said))
-    assert answer.startswith(begins) and begins.endswith("<|object_ref_end|><traj>")
-    assert vocabulary.decode(Processor(vocabulary, CONFIG).trajectory_beginning(said)) == "<traj>"
+    outline = linked.trajectory_outline(said)
+    gaps = [place for place, token in enumerate(outline) if token == GAP]
+    ends = pairwise([-1, *gaps, len(outline)])
+    stretches = [re.escape(vocabulary.decode(outline[begin + 1 : end])) for begin, end in ends]
+    assert len(gaps) == 2 and re.fullmatch(r"(<\d+>)+</traj>".join(stretches), answer)
+    assert vocabulary.decode(Processor(vocabulary, CONFIG).trajectory_outline(said)) == "<traj>"
     seekers = encoded.sought.any(1)
     places = np.unique(encoded.sought[seekers], axis=0)
     assert len(places) == 2 and seekers.sum() == 6, "every coordinate seeks the place of its phrase"
@@ -253,8 +257,8 @@ def test_slots_learn_the_words_of_the_phrase_before_them_in_turn(processor, voca
     encoded = one(taught, picture, *masked)
     red, star = (vocabulary.encode(f" {name}")[0] for name in ("red", "star"))
     assert encoded.extra_targets.tolist() == [
-        [slot, word] for slot, word in zip(encoded.mask_slots[0], [red, star] * 3, strict=True)
-    ]
+        [slot, word] for slot, word in zip(encoded.mask_slots[0][:5], [red, star, red, star, red], strict=True)
+    ], "the last slot learns the token behind it"
     assert encoded.tokens.tolist() == plain.tokens.tolist()
     phraseless = one(taught, picture, user("?"), assistant(MaskPart(np.ones((1, 24, 40), bool))))
     assert len(phraseless.extra_targets) == 0

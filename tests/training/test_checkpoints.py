@@ -1,5 +1,8 @@
 """Checkpoints: complete before they count, hashed, the last k kept, damaged ones passed over."""
 
+import contextlib
+import errno
+import resource
 import shutil
 
 import jax
@@ -7,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tracevision_jax.training.checkpoints import Checkpoints
+from tracevision_jax.errors import UserError
+from tracevision_jax.training.checkpoints import SCORES, Checkpoints
+from tracevision_jax.training.retention import CheckpointConfig
 from tracevision_jax.weights import hashes
 
 META = {"recipe": {"name": "x"}}
@@ -30,9 +35,9 @@ def opened(tmp_path):
     """Function that opens the folder's checkpoints and the lines they report."""
     everything = []
 
-    def open_it(keep=3):
+    def open_it(**config):
         lines = []
-        everything.append(Checkpoints(tmp_path / "checkpoints", keep, lines.append))
+        everything.append(Checkpoints(tmp_path / "checkpoints", CheckpointConfig(**config), lines.append))
         return everything[-1], lines
 
     yield open_it
@@ -124,20 +129,91 @@ def test_leftovers_of_a_save_that_was_cut_short_are_removed(three, opened):
     assert any("not finished" in line for line in lines)
 
 
-def test_a_failed_save_is_raised_and_removes_nothing_older(opened, monkeypatch):
+@contextlib.contextmanager
+def small_files(limit):
+    """Let the system refuse to write past so many bytes of a file, as it does when a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_when_the_disk_is_full_the_save_ends_with_advice_and_those_before_stay_whole(opened):
+    checkpoints, _ = opened(keep=1)
+    tree = tree_of(1) | {"params": {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": jnp.ones(3)}}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    checkpoints.save(1, tree, META)
+    checkpoints.wait()
+    with small_files(4096), pytest.raises(UserError, match="step 2 could not be written") as refused:
+        checkpoints.save(2, tree, META)  # 16 KiB that do not compress
+        checkpoints.wait()
+    message = str(refused.value)
+    assert "File too large" in message and "newest is of step 1" in message and "checkpoint.keep" in message
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["step_00000001"], "what it wrote takes no room"
+    assert checkpoints.latest() == 1
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes, 1), tree)
+    checkpoints.save(2, tree, META)  # there is room again
+    checkpoints.wait()
+    assert checkpoints.steps() == [2]
+
+
+def test_a_failed_save_is_known_without_waiting_for_it(opened, monkeypatch):
     checkpoints, _ = opened(keep=1)
     checkpoints.save(1, tree_of(1), META)
     checkpoints.wait()
 
     def full_disk(directory):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hashes, "write_hashes", full_disk)
     checkpoints.save(2, tree_of(2), META)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoints.wait()
+    checkpoints._finisher.join()
+    with pytest.raises(UserError, match="No space left"):
+        checkpoints.check()
+    checkpoints.check()  # said once
     monkeypatch.undo()
     assert checkpoints.latest() == 1
+
+
+def test_a_defect_in_saving_is_not_called_a_full_disk(opened):
+    checkpoints, _ = opened()
+    checkpoints.save(1, tree_of(1), META)
+    with pytest.raises(ValueError, match="already exists"):
+        checkpoints.save(1, tree_of(1), META)
+
+
+def test_the_best_and_every_nth_stay_with_the_last(opened):
+    config = {"keep": 1, "keep_every": 4, "keep_best": 1, "metric": "held_out/loss"}
+    checkpoints, _ = opened(**config)
+    for step, score in ((2, 0.5), (3, 0.9), (4, float("nan")), (5, 0.7), (6, 0.8)):
+        assert checkpoints.score(step, score) == (step == 2)
+        checkpoints.save(step, tree_of(step), META)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 4, 6]
+    again, _ = opened(**config)  # scores outlive the process
+    again.score(7, 0.1)
+    again.save(7, tree_of(7), META)
+    again.wait()
+    assert again.steps() == [4, 7]
+
+
+def test_scores_of_steps_that_are_taken_again_are_forgotten(opened):
+    config = {"keep_best": 1, "metric": "held_out/loss"}
+    checkpoints, _ = opened(**config)
+    checkpoints.score(2, 0.5), checkpoints.score(4, 0.1)
+    checkpoints.forget_scores_after(3)
+    assert opened(**config)[0].score(4, 0.3), "better than that of step 2, and that of step 4 is gone"
+
+
+def test_a_damaged_list_of_scores_is_reported_and_stops_nothing(opened):
+    checkpoints, _ = opened(keep_best=1, metric="held_out/loss")
+    checkpoints.score(2, 0.5)
+    (checkpoints.directory / SCORES).write_text("{")
+    again, lines = opened(keep_best=1, metric="held_out/loss")
+    assert any("scores.json is damaged" in line for line in lines)
+    assert again.score(4, 0.9)
 
 
 def test_an_empty_folder_has_no_checkpoint(opened):

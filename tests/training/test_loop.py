@@ -4,8 +4,10 @@ import dataclasses
 import io
 import json
 import os
+import resource
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -203,3 +205,69 @@ def test_the_next_stage_starts_from_the_model_with_a_new_optimizer(finished, tmp
     assert "language: 5 arrays from" in text and "drawn" not in text
     for path, leaf in params_of(finished[0]).items():
         np.testing.assert_array_equal(params_of(tmp_path)[path], leaf)
+
+
+class FullDisk(Source):
+    """Random batches; after the first checkpoint the disk is full: no file may grow past 16 KiB, as checkpoints do."""
+
+    def __init__(self, at, first):
+        super().__init__()
+        self.at, self.first = at, first
+
+    def batches(self, start):
+        for item in super().batches(start):
+            if item.step == self.at:
+                while not (self.first / "sha256.json").exists():
+                    time.sleep(0.01)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            yield item
+
+
+def test_a_full_disk_ends_the_run_with_advice_and_with_room_it_ends_in_the_same_bits(tmp_path):
+    recipe = dataclasses.replace(RECIPE, stage="all")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match=r"step 8 could not be written.*newest is of step 4"):
+            run(tmp_path / "full", recipe, FullDisk(6, tmp_path / "full" / "checkpoints" / "step_00000004"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    summary, text = run(tmp_path / "full", recipe)
+    assert summary.finished and "Continuing from the checkpoint of step 4" in text
+    run(tmp_path / "whole", recipe)
+    for path, leaf in params_of(tmp_path / "whole").items():
+        np.testing.assert_array_equal(params_of(tmp_path / "full")[path], leaf, err_msg=path)
+
+
+def test_the_best_evaluation_is_saved_and_kept(tmp_path):
+    best = CheckpointConfig(every=4, keep=1, keep_best=1, metric="held_out/score", best="max")
+    recipe = dataclasses.replace(RECIPE, checkpoint=best, evaluation=EvaluationConfig(every=3))
+    scores = {3: 0.5, 6: 0.9, 9: 0.7, 10: 0.8}
+    run(tmp_path, recipe, evaluators={"held_out": lambda params, step: {"score": scores[step]}})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == ["step_00000006", "step_00000010"]
+
+
+def test_a_metric_that_no_evaluation_gives_is_named(tmp_path):
+    recipe = dataclasses.replace(RECIPE, checkpoint=CheckpointConfig(keep_best=1, metric="held_out/iou"))
+    recipe = dataclasses.replace(recipe, evaluation=EvaluationConfig(every=2))
+    with pytest.raises(UserError, match="the evaluation gave held_out/score"):
+        run(tmp_path, recipe, evaluators={"held_out": lambda params, step: {"score": 1.0}})
+
+
+def test_the_chosen_steps_are_traced_and_all_time_is_accounted_for(tmp_path):
+    recipe = dataclasses.replace(RECIPE, profile="2:3", evaluation=EvaluationConfig(every=4))
+    began = time.perf_counter()
+    evaluators = {"slow": lambda params, step: time.sleep(0.3) or {"score": 0.0}}
+    summary, text = run(tmp_path, recipe, Source(steps=4), evaluators=evaluators, began=began)
+    wall = time.perf_counter() - began
+    assert list((tmp_path / "profile").rglob("*.xplane.pb")) and "profile of the steps" in text
+    seconds = summary.seconds
+    assert 0.95 * wall < sum(seconds.values()) <= wall
+    assert all(seconds[part] > 0 for part in ("useful", "start", "compile", "input", "save", "export"))
+    assert seconds["evaluation"] >= 0.3 and seconds["rejected"] == seconds["lost"] == 0
+    assert "in useful steps" in text
+    assert lines_of(tmp_path, "goodput")[0]["goodput"]["compile"] == pytest.approx(seconds["compile"], abs=1e-3)
+
+
+def test_a_profile_that_cannot_be_is_refused_at_start(tmp_path):
+    with pytest.raises(UserError, match="FIRST:LAST"):
+        run(tmp_path, dataclasses.replace(RECIPE, profile="7"))

@@ -15,6 +15,7 @@ from tests.weights.checkpoints import Malicious, assert_same_state, files_below
 from tests.weights.sam_checkpoints import drawn, original_state, tiny, write_hugging_face, write_original
 from tracevision_jax.errors import UserError
 from tracevision_jax.hosts.sam_presets import SAM_PRESETS
+from tracevision_jax.inference.tracker import Tracker
 from tracevision_jax.systems.config_json import to_json
 from tracevision_jax.weights import model_directory, sam
 from tracevision_jax.weights.families import load_host
@@ -87,7 +88,7 @@ def test_verification_of_other_weights_fails_and_says_where(tmp_path, capsys, mo
     assert re.search(r"video: memories.*DIFFERS", shown) and shown.count("equal") >= PICTURE_STAGES
 
 
-def test_a_trained_sam_2_is_exported_in_both_layouts(tmp_path):
+def test_a_trained_sam_2_is_exported_in_both_layouts_and_tracks_from_each(tmp_path):
     config = tiny("sam2.1")
     params = sam.from_torch(drawn("sam2.1").state_dict(), config)
     content = {"system": "sam2", "model": to_json(config)}
@@ -100,6 +101,10 @@ def test_a_trained_sam_2_is_exported_in_both_layouts(tmp_path):
     here, again = load_host(tmp_path / "original")
     assert here == config
     jax.tree.map(np.testing.assert_array_equal, again, params)
+    for place in ("model", "there", "original", "original/sam2_video.pt"):
+        tracker = Tracker.load(tmp_path / place, batch=2)
+        assert tracker.config == config, place
+        jax.tree.map(np.testing.assert_array_equal, tracker.programs.params, params)
 
 
 def test_what_cannot_be_converted_is_refused_in_words_and_nothing_is_written(tmp_path, capsys):

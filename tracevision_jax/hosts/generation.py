@@ -10,13 +10,14 @@ when all have.
     for part in generator.stream(...):                  # the same answers, some tokens at a time
 
 Shapes alone decide what is compiled: the rows, the width of the prompt (the caller's bucket), the bucket of
-new tokens. Budgets, sampling settings and forced beginnings are data. Streaming runs the same program with an
+new tokens. Budgets, sampling settings and forced tokens are data. Streaming runs the same program with an
 earlier stop, so its answers are bit for bit those of `generate`. Under a mesh the rows are split as
 `rules["batch"]` says.
 """
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.hosts.grammar import Grammar, GrammarState, advance, allowed_tokens, check_prefix
@@ -34,10 +35,13 @@ from tracevision_jax.hosts.sampling import SamplingSettings, Scale, sample_token
 from tracevision_jax.language.cache import KVCache, init_cache
 from tracevision_jax.language.model import LanguageModel
 from tracevision_jax.layers.sharding import Rules, activation_sharding, constrain, layout
+from tracevision_jax.records.vocabulary import GAP
 
 Array = jax.Array | np.ndarray
 Params = Any
 
+FREE = -1
+"""In forced tokens: from here on the model writes what it likes."""
 RUNNING, ENDED, BUDGET_USED = 0, 1, 2
 """Why a row stopped: not yet, by an end token, because it had no tokens left."""
 NEW_TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -87,6 +91,8 @@ class DecodeState:
     next_position: Int[Array, "batch"]
     """Rotary position of a row's first new token."""
     grammar: GrammarState
+    ahead: Int[Array, "batch"]
+    """Which of a row's forced tokens is the next."""
     step: Int[Array, ""]
     result: Generated
 
@@ -117,7 +123,8 @@ def prefill(
         hidden=jnp.zeros((rows, new_tokens, hidden.shape[-1]), hidden.dtype),
         log_probabilities=jnp.zeros((rows, new_tokens), jnp.float32),
     )
-    state = DecodeState(cache, last, next_position, grammar.start(rows), jnp.int32(0), result)
+    nothing_yet = jnp.zeros(rows, jnp.int32)
+    state = DecodeState(cache, last, next_position, grammar.start(rows), nothing_yet, jnp.int32(0), result)
     return _constrained(state)
 
 
@@ -127,12 +134,12 @@ def decode(
     state: DecodeState,
     grammar: Grammar,
     settings: SamplingSettings,
-    forced: Int[Array, "batch new"],
+    forced: Int[Array, "batch forced"],
     budgets: Int[Array, "batch"],
     stop: Int[Array, ""],
     scale: Scale | None = None,
 ) -> DecodeState:
-    """Write tokens until step `stop` or until every row is finished; `forced` is -1 where a token is free."""
+    """Write tokens until step `stop` or until every row is finished; `forced` ends with FREE and may hold GAP."""
 
     def unfinished(state: DecodeState) -> jax.Array:
         return jnp.asarray(state.step < stop) & jnp.any(state.result.finish == RUNNING)
@@ -147,7 +154,7 @@ def _decode_step(
     params: Params,
     grammar: Grammar,
     settings: SamplingSettings,
-    forced: Int[Array, "batch new"],
+    forced: Int[Array, "batch forced"],
     budgets: Int[Array, "batch"],
     state: DecodeState,
 ) -> DecodeState:
@@ -155,7 +162,7 @@ def _decode_step(
     running = result.finish == RUNNING
     logits = jnp.asarray(model.apply({"params": params}, state.last, method="logits"))
     allowed = allowed_tokens(grammar, state.grammar, budgets - step)
-    given = lax.dynamic_index_in_dim(jnp.asarray(forced), step, axis=1, keepdims=False)
+    given, ahead = _next_forced(forced, state.ahead, allowed, state.grammar.place == grammar.first_state)
     token = jnp.where(given >= 0, given, sample_tokens(logits, allowed, settings, step, scale))
     token = jnp.where(running, token, 0)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
@@ -178,7 +185,29 @@ def _decode_step(
         hidden=_put(result.hidden, jnp.where(written[:, None], last, 0), step),
         log_probabilities=_put(result.log_probabilities, log_probability, step),
     )
-    return DecodeState(cache, last, state.next_position, moved, step + 1, result)
+    return DecodeState(cache, last, state.next_position, moved, ahead, step + 1, result)
+
+
+def _next_forced(
+    forced: Int[Array, "batch forced"],
+    ahead: Int[Array, "batch"],
+    allowed: Bool[Array, "batch vocabulary"],
+    closed: Bool[Array, "batch"],
+) -> tuple[Int[Array, "batch"], Int[Array, "batch"]]:
+    """(the token that a row is held to, negative for none; which one is the next after it).
+
+    A gap ends where a row is `closed`. A token that is not allowed any more, since too few are left, frees the row.
+    """
+
+    def at(ahead: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(jnp.asarray(forced), ahead[:, None], axis=1)[:, 0]
+
+    ahead = jnp.asarray(ahead) + ((at(jnp.asarray(ahead)) == GAP) & closed)
+    given = at(ahead)
+    fits = jnp.take_along_axis(jnp.asarray(allowed), jnp.maximum(given, 0)[:, None], axis=1)[:, 0]
+    held = (given >= 0) & fits
+    free = jnp.int32(forced.shape[1] - 1)
+    return jnp.where(held, given, FREE), jnp.where(held, ahead + 1, jnp.where(given >= 0, free, ahead))
 
 
 def _put(array: Array, column: jax.Array, step: Array) -> jax.Array:
@@ -200,6 +229,7 @@ def _constrained(state: DecodeState) -> DecodeState:
         last=split_rows(state.last),
         next_position=split_rows(state.next_position),
         grammar=split_rows(state.grammar),
+        ahead=split_rows(state.ahead),
         step=constrain(jnp.asarray(state.step)),
         result=split_rows(state.result),
     )
@@ -252,10 +282,11 @@ class Generator:
             lengths: tokens of each prompt; 0 in rows that are padding.
             max_new_tokens: the budget, the end token included, of all rows or of each; 0 leaves a row out.
             settings: how tokens are chosen; greedily by default.
-            force: tokens that all answers begin with, or those of each row.
+            force: tokens that all answers begin with, or those of each row. At a `GAP` among them the model writes
+                on until what is open is closed; then come the tokens behind it, while the budget has room for them.
 
         Raises:
-            UserError: a budget above the largest bucket, or a beginning that the grammar or budget excludes.
+            UserError: a budget above the largest bucket, or tokens that the grammar or budget excludes.
         """
         call = _Call(self, params, embeddings, positions, lengths, max_new_tokens, settings, force)
         return call.advance(call.new_tokens).result
@@ -352,18 +383,29 @@ def _bucket(new_tokens: int) -> int:
 def _forced(
     grammar: Grammar, force: Sequence[int] | Sequence[Sequence[int]], budgets: np.ndarray, new_tokens: int
 ) -> np.ndarray:
-    """(rows, new tokens): the forced beginnings, checked, then -1."""
-    beginnings = [tuple(np.atleast_1d(x).tolist()) for x in force]
-    if not beginnings or np.ndim(force[0]) == 0:
-        beginnings = [tuple(int(token[0]) for token in beginnings)] * len(budgets)
-    if len(beginnings) != len(budgets):
-        raise UserError(f"{len(beginnings)} forced beginnings for {len(budgets)} rows")
-    forced = np.full((len(budgets), new_tokens), -1, np.int32)
+    """(rows, new tokens + 1): what each row is held to, checked, then FREE."""
+    given = [tuple(np.atleast_1d(x).tolist()) for x in force]
+    if not given or np.ndim(force[0]) == 0:
+        given = [tuple(int(token[0]) for token in given)] * len(budgets)
+    if len(given) != len(budgets):
+        raise UserError(f"{len(given)} forced beginnings for {len(budgets)} rows")
+    forced = np.full((len(budgets), new_tokens + 1), FREE, np.int32)
     tightest: dict[tuple[int, ...], int] = {}
-    for row, (beginning, budget) in enumerate(zip(beginnings, budgets.tolist(), strict=True)):
-        if beginning and budget > 0:
-            tightest[beginning] = min(budget, tightest.get(beginning, budget))
-            forced[row, : len(beginning)] = beginning[:new_tokens]
-    for beginning, budget in tightest.items():
-        check_prefix(grammar, beginning, budget)
+    for row, (tokens, budget) in enumerate(zip(given, budgets.tolist(), strict=True)):
+        if tokens and budget > 0:
+            tightest[tokens] = min(budget, tightest.get(tokens, budget))
+            forced[row, : min(len(tokens), new_tokens)] = tokens[:new_tokens]
+    for tokens, budget in tightest.items():
+        for stretch, before in _stretches(tokens):
+            check_prefix(grammar, stretch, budget - before)
     return forced
+
+
+def _stretches(tokens: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+    """Tokens between gaps, each with how many come before it at least."""
+    before = 0
+    for is_gap, stretch in itertools.groupby(tokens, GAP.__eq__):
+        stretch = list(stretch)
+        if not is_gap:
+            yield stretch, before
+        before += len(stretch)

@@ -62,7 +62,7 @@ def answer_programs(system: TraceVision, bucket: Bucket, rows: int, new_tokens: 
     settings = by_rows(jax.tree.map(jnp.asarray, sampling_settings(rows)))
     budgets = by_rows(jax.ShapeDtypeStruct((rows,), jnp.int32))
     embeddings = by_rows(jax.ShapeDtypeStruct((rows, bucket.tokens, language.width), kind))
-    forced = by_rows(jax.ShapeDtypeStruct((rows, new_tokens), jnp.int32))
+    forced = by_rows(jax.ShapeDtypeStruct((rows, new_tokens + 1), jnp.int32))
     stop = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     cache_size = -(-(bucket.tokens + new_tokens) // CACHE_STEP) * CACHE_STEP
 

@@ -87,7 +87,7 @@ class TraceVisionInference:
     ) -> Answer:
         """Where the gaze would go while a caption is spoken; `.points` always holds at least one point."""
         sample = self.read(image, frames_per_second)
-        force = self.processor.trajectory_beginning(caption)
+        force = self.processor.trajectory_outline(caption)
         asked = templates.predict_trace(caption, None)
         return self.ask(sample, asked, force=force, max_new_tokens=max_new_tokens, sampling=sampling)
 
@@ -103,14 +103,16 @@ class TraceVisionInference:
     ) -> Answer:
         """Masks of what a text names, or of what a trace rests on; `.masks`, `.phrases`, `.grounded`.
 
-        A text is a phrase, never the name of a file: read a trace's file with `read_trace` first.
+        A text is a phrase, never the name of a file: read a trace's file with `read_trace` first. What it names may
+        not be there; a trace always rests on something, so that its answer begins with a phrase.
         """
         sample = self.read(image, frames_per_second)
         if isinstance(target, str):
-            asked = templates.segment_phrases([], prompt=target)
+            asked, force = templates.segment_phrases([], prompt=target), []
         else:
             asked = templates.segment_trace(TracePart(read_trace(target)), [])
-        return self.ask(sample, asked, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)
+            force = self.processor.phrase_beginning()
+        return self.ask(sample, asked, force=force, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)
 
     def locate(
         self,

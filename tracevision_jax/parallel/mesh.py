@@ -78,7 +78,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
+def check_rows(rows: int, accumulation: int, mesh: Mesh | AbstractMesh) -> None:
     """Check that every device gets the same number of rows of every microbatch; UserError otherwise."""
     holders = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % (holders * accumulation):

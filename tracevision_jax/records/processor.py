@@ -7,6 +7,7 @@ The chat layout is Qwen2.5-VL's. Conversations about one sample share its frames
 the row. A trace that the user shows enters the TVP and the text; one that the assistant gives is only text.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,7 +18,7 @@ from tracevision_jax.records.encoded import EncodedConversation, Frames, Piece
 from tracevision_jax.records.processor_config import ProcessorConfig
 from tracevision_jax.records.sample import Conversation, Sample, TracePart
 from tracevision_jax.records.simplification import simplify_trace
-from tracevision_jax.records.vocabulary import Vocabulary
+from tracevision_jax.records.vocabulary import GAP, Vocabulary
 from tracevision_jax.records.writer import Writer
 from tracevision_jax.trajectory.checks import check_trace
 from tracevision_jax.trajectory.linking import Link, link, subjects
@@ -129,14 +130,25 @@ class Processor:
             next_position=len(tokens) + offset,
         )
 
-    def trajectory_beginning(self, caption: str) -> list[int]:
-        """What an answer begins with that has to be the trajectory of a caption."""
+    def trajectory_outline(self, caption: str) -> list[int]:
+        """What an answer is held to that has to be the trajectory of a caption.
+
+        Where trajectories are linked, it goes to what each sentence is about, in the caption's own words and order:
+        only where that is, and how long to stay there, is the model's (`GAP`).
+        """
         about = subjects(caption, self.phrases) if self.config.linked else []
-        return [*(self.vocabulary.marked(about[0][0].text) if about else ()), self.vocabulary.traj_open]
+        if not about:
+            return [self.vocabulary.traj_open]
+        parts = [[*self.vocabulary.marked(phrase.text), self.vocabulary.traj_open, GAP] for phrase, _ in about]
+        return [*itertools.chain.from_iterable(parts), self.vocabulary.special("<|im_end|>")]
 
     def box_beginning(self, phrase: str) -> list[int]:
         """What an answer begins with that has to locate a phrase: the phrase, and the opening of its box."""
         return [*self.vocabulary.marked(phrase), self.vocabulary.special("<|box_start|>")]
+
+    def phrase_beginning(self) -> list[int]:
+        """What an answer begins with that has to name things, each before its mask."""
+        return [self.vocabulary.special("<|object_ref_start|>")]
 
     def links(self, trace: TracePart, size: tuple[int, int]) -> list[Link]:
         """Keypoints of an answer's trace, phrase by phrase where the configuration says so and words are known.

@@ -41,8 +41,9 @@ class ProcessorConfig:
     coordinates of a trajectory do not outweigh a name."""
 
     slot_words: bool = False
-    """Whether the six slots of a mask also learn the words of the phrase before it, in turn. From scratch this is what
-    makes E_seg tell targets apart; a pretrained host does without."""
+    """Whether the slots of a mask also learn the words of the phrase before it, in turn, all but the last one, which
+    learns how the answer goes on. From scratch this is what makes E_seg tell targets apart; a pretrained host does
+    without."""
 
     def answer_weight(self, tokens: int) -> float:
         """Weight of each of the learned tokens of an answer that has so many."""

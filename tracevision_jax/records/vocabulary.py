@@ -31,6 +31,8 @@ from tracevision_jax.trajectory.tokens import (
 
 SLOTS = CODEBOOK_SLOTS
 """Codebook slots after [SEG]: 2 scales x 3 tokens (App. F.2)."""
+GAP = -2
+"""Stands in the tokens that an answer is held to: here the model itself writes on, until what is open is closed."""
 CHAT_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",

@@ -228,7 +228,8 @@ class Writer:
         if not self.targets:
             return
         if self.config.slot_words and self.phrase:
-            self.extra_targets += zip(slots.tolist(), itertools.cycle(self.phrase), strict=False)
+            # The last slot already learns how the answer goes on.
+            self.extra_targets += zip(slots[:-1].tolist(), itertools.cycle(self.phrase), strict=False)
         if len(part.mask) != len(self.sample.frames):
             raise UserError(f"A mask of {len(part.mask)} frames is given for {len(self.sample.frames)} frames.")
         if (box := bounding_box(np.any(part.mask, axis=0))) is not None:

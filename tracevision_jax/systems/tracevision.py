@@ -310,7 +310,8 @@ class TraceVision:
         language = params["host"]["language"]
         embedding = language["embed"]["embedding"]
         scale = jnp.sqrt(jnp.mean(jnp.square(embedding.astype(jnp.float32))))
-        params = params | {"tvp": params["tvp"] | {"out_scale": jnp.full_like(params["tvp"]["out_scale"], scale)}}
+        if (tvp := params["tvp"]).get("out_scale") is not None:  # a TVP of no direction adds nothing
+            params = params | {"tvp": tvp | {"out_scale": jnp.full_like(tvp["out_scale"], scale)}}
         if self.config.processor.coordinates != "bins":
             return params
         head = embedding if self.config.host.language.tied else language["head"]["kernel"].T

@@ -8,8 +8,10 @@ checkpoint, and ends in the very same bits as a run that was never stopped (same
 The host waits for a step only after it has sent the next one to the device.
 """
 
+import contextlib
+import errno
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,16 @@ from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings
 from tracevision_jax.systems.config_json import to_json
 from tracevision_jax.systems.protocol import Params, System
 from tracevision_jax.training.checkpoints import Checkpoints
+from tracevision_jax.training.clock import Clock
+from tracevision_jax.training.goodput import Goodput
 from tracevision_jax.training.initialise import initialise
 from tracevision_jax.training.interruption import Interruption
 from tracevision_jax.training.journal import Journal, say
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tracevision_jax.training.parameters import count, merge, split_for_stage
+from tracevision_jax.training.profiling import Profile
 from tracevision_jax.training.recipe import TrainRecipe, check, differences
+from tracevision_jax.training.retention import score_of
 from tracevision_jax.training.source import BatchSource, StepBatch
 from tracevision_jax.training.stability import healthy
 from tracevision_jax.training.step import TrainState, create_state, make_train_step, state_shardings
@@ -42,6 +48,8 @@ Evaluator = Callable[[Params, int], Mapping[str, Any]]
 
 EMPTY_LIMIT = 20
 """So many batches in a row without one usable record end the run: the data cannot be read at all."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 BACKS_LIMIT = 3
 """So many times one start of a run goes back to a checkpoint; once more ends it."""
@@ -59,6 +67,8 @@ class Summary:
     metrics: Mapping[str, Any]
     """The last line of `metrics.jsonl` of kind "train"; empty when no step was taken."""
     evaluations: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+    """Wall time of each part of the run (`training/goodput.py`), over all its starts."""
     interrupted: str = ""
     """Name of the signal that ended the run early."""
 
@@ -78,6 +88,7 @@ class Run:
     mesh: Mesh
     optimizer: optax.GradientTransformation
     directory: Path
+    goodput: Goodput
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about the run that it belongs to."""
@@ -95,6 +106,7 @@ def fit(
     console: Console | None = None,
     rules: tuple[Rule, ...] = PARAMETERS,
     devices: Sequence[Any] | None = None,
+    began: float | None = None,
 ) -> Summary:
     """Train, or continue, and export the model.
 
@@ -108,23 +120,32 @@ def fit(
         console: where lines go; standard output by default.
         rules: sharding of the parameters.
         devices: all by default.
+        began: when the command began, as `time.perf_counter` tells it, if before this call.
 
     Raises:
         UserError: the recipe, the mesh and the data do not fit, the folder holds another run, or no data is
         usable.
     """
+    goodput = Goodput(time.perf_counter() if began is None else began)
     check(recipe)
     console = console or Console(quiet=jax.process_index() > 0)
     mesh = make_mesh(recipe.mesh, devices)
     for rows in source.rows:
         check_rows(rows, recipe.accumulation, mesh)
     optimizer = make_optimizer(recipe.optimizer, source.steps)
-    run = Run(system, recipe, source, mesh, optimizer, Path(directory).absolute())
-    checkpoints = Checkpoints(run.directory / "checkpoints", recipe.checkpoint.keep, lambda line: say(console, line))
+    run = Run(system, recipe, source, mesh, optimizer, Path(directory).absolute(), goodput)
+    checkpoints = Checkpoints(run.directory / "checkpoints", recipe.checkpoint, lambda line: say(console, line))
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), Interruption() as interruption:  # to the last save: a second SIGTERM must not cut it
             state, frozen = _start(run, checkpoints, rules, console)
-            return _train(run, state, frozen, checkpoints, evaluators or {}, folders or {}, console)
+            return _train(run, state, frozen, checkpoints, evaluators or {}, folders or {}, console, interruption)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise UserError(
+            f"{run.directory} cannot be written: {error.strerror}. Make room and give the same command again: it goes "
+            "on from the newest checkpoint."
+        ) from error
     finally:
         checkpoints.close()
 
@@ -150,10 +171,12 @@ def _start(run: Run, checkpoints: Checkpoints, rules: tuple[Rule, ...], console:
         {"state": state_shapes, "frozen": frozen_shapes},
         {"state": state_places, "frozen": frozen_places},
     )
-    step = checkpoints.latest()
+    with run.goodput.measure("restore"):
+        step = checkpoints.latest()
     if step is not None:
         _check_same_run(run, checkpoints.meta(step))
-        found = checkpoints.restore(targets, step)
+        with run.goodput.measure("restore"):
+            found = checkpoints.restore(targets, step)
         say(console, f"Continuing from the checkpoint of step {step}.")
         return found["state"], found["frozen"]
     fresh = initialise(system, recipe.seed, places, recipe.init_from)
@@ -186,11 +209,13 @@ def _train(
     evaluators: Mapping[str, Evaluator],
     folders: Mapping[str, Callable[[Path], None]],
     console: Console,
+    interruption: Interruption,
 ) -> Summary:
     """Take the steps that are left, then export."""
-    recipe, steps = run.recipe, run.source.steps
+    recipe, steps, goodput = run.recipe, run.source.steps, run.goodput
     start = int(state.step)
-    journal = Journal(run.directory, console, steps, start, recipe.log_every)
+    checkpoints.forget_scores_after(start)
+    journal = Journal(run.directory, console, steps, start, recipe.log_every, goodput)
     step_function = make_train_step(
         run.system,
         run.optimizer,
@@ -200,23 +225,46 @@ def _train(
         mesh=run.mesh,
         state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
     )
-    clock = _Clock(journal, int(state.health.rejected))
+    clock = Clock(journal, goodput, int(state.health.rejected))
+    profile = Profile(recipe.profile, run.directory / "profile", journal.say)
+    goodput.fill(time.perf_counter(), "start")
     backs, empty, compiled, saved, evaluated, done = 0, 0, set(), start if start else -1, -1, start
+
+    def save() -> int:
+        clock.drain()
+        with goodput.measure("save"):
+            checkpoints.save(done, {"state": state, "frozen": frozen}, run.meta())
+        goodput.mark(done)
+        return done
+
+    def evaluate() -> bool:
+        clock.drain()
+        with goodput.measure("evaluation"):
+            return _evaluate(evaluators, state, frozen, done, journal, checkpoints)
+
     try:
-        with Interruption() as interruption:
-            for item, batch in on_device(run.source.batches(start), run.mesh, clock):
+        # Closing it ends the data workers, also when a step fails.
+        with contextlib.closing(on_device(run.source.batches(start), run.mesh, goodput)) as batches:
+            for item, batch in batches:
                 new = item.bucket not in compiled
                 if new:
                     compiled.add(item.bucket)
                     journal.say(f"compiling for rows of {item.bucket}")
-                journal.bad(item.bad)
+                journal.data(item)
                 empty = empty + 1 if not item.batch.filled.any() else 0
                 if empty == EMPTY_LIMIT:
                     reason, _ = (journal.bad_reasons.most_common(1) or [("no reason known", 0)])[0]
                     raise UserError(f"{empty} batches in a row held no usable record: {reason}.")
-                state, metrics = step_function(state, frozen, batch)
                 done = item.step + 1
-                clock.sent(done, item.epoch, metrics, new)
+                profile.before(done, clock.drain)
+                sent = time.perf_counter()
+                with profile.step(done):
+                    state, metrics = step_function(state, frozen, batch)
+                if new:
+                    goodput.note("compile", sent, time.perf_counter())
+                    sent = time.perf_counter()
+                clock.sent(done, item.epoch, metrics, sent, new)
+                profile.after(done, clock.drain)
                 if clock.rejected:  # no step ahead while in trouble, so that a continued run goes back at the same one
                     clock.drain()
                 if clock.rejected >= recipe.stability.patience:
@@ -226,41 +274,47 @@ def _train(
                             "optimizer.learning_rate or look at the data."
                         )
                     backs += 1
-                    state, frozen = _go_back(checkpoints, state, frozen, clock.rejected, journal)
+                    with goodput.measure("restore"):
+                        state, frozen = _go_back(run, checkpoints, state, frozen, clock.rejected, journal)
                     clock.rejected = 0
                     clock.restart()
+                best = False
                 if evaluators and recipe.evaluation.every and done % recipe.evaluation.every == 0:
-                    clock.drain()
-                    _evaluate(evaluators, state, frozen, done, journal)
-                    evaluated = done
+                    best, evaluated = evaluate(), done
                     clock.restart()
-                if recipe.checkpoint.every and done % recipe.checkpoint.every == 0:
-                    checkpoints.save(done, {"state": state, "frozen": frozen}, run.meta())
-                    saved = done
-                if interruption.signal is not None:
+                checkpoints.check()
+                if best or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0):
+                    saved = save()
+                if interruption.reached(done):
                     break
         clock.drain()
         stopped = interruption.signal.name if interruption.signal and done < steps else ""
         if saved != done:
-            checkpoints.save(done, {"state": state, "frozen": frozen}, run.meta())
+            saved = save()
         model = run.directory / "model" if not stopped else None
         if model and not (start == steps and is_model(model)):  # a finished run stays as it is, whatever read it since
             if evaluators and evaluated != done:
-                _evaluate(evaluators, state, frozen, done, journal)
+                evaluate()
             config = {"system": recipe.system, "model": to_json(run.system.config), "recipe": to_json(recipe)}
-            save_model(model, config, merge(state.trained, frozen), folders)
-        checkpoints.wait()
+            with goodput.measure("export"):
+                save_model(model, config, merge(state.trained, frozen), folders)
+        with goodput.measure("save"):
+            checkpoints.wait()
+            checkpoints.prune()
+        goodput.fill(time.perf_counter())
         journal.summary(done, str(checkpoints.path(done)), str(model) if model else None)
         if stopped:
             journal.say(f"Stopped by {stopped} after step {done}; the same command again continues from there.")
         metrics = journal.lines[-1] if journal.lines else {}
-        return Summary(done, steps, run.directory, model, metrics, journal.evaluations, stopped)
+        return Summary(done, steps, run.directory, model, metrics, journal.evaluations, goodput.total(), stopped)
     finally:
+        profile.close()
+        clock.close()
         journal.close()
 
 
 def _go_back(
-    checkpoints: Checkpoints, state: TrainState, frozen: Params, rejected: int, journal: Journal
+    run: Run, checkpoints: Checkpoints, state: TrainState, frozen: Params, rejected: int, journal: Journal
 ) -> tuple[TrainState, Params]:
     """The state of the newest checkpoint from before the rejected steps, with the step number, and so the data, of now.
 
@@ -283,64 +337,37 @@ def _go_back(
     number, health = state.step, healthy()
     found = checkpoints.restore(shapes, step)
     health = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), health, state.health)
+    run.goodput.undo(step)
     journal.went_back(now, step, rejected)
     return replace(found["state"], step=number, health=health), found["frozen"]
 
 
 def _evaluate(
-    evaluators: Mapping[str, Evaluator], state: TrainState, frozen: Params, step: int, journal: Journal
-) -> None:
+    evaluators: Mapping[str, Evaluator],
+    state: TrainState,
+    frozen: Params,
+    step: int,
+    journal: Journal,
+    checkpoints: Checkpoints,
+) -> bool:
+    """Run all evaluators; whether the step is one of the best so far."""
     params = merge(state.trained, frozen)
     for name, evaluator in evaluators.items():
         began = time.perf_counter()
         values = evaluator(params, step)
         journal.evaluation(step, name, values, time.perf_counter() - began)
+    config = checkpoints.config
+    return bool(config.metric) and checkpoints.score(step, score_of(config, journal.evaluations))
 
 
-class _Clock:
-    """Hands finished steps to the journal, one step late, with the time each took and waited for data.
-
-    `rejected` is how many steps in a row were rejected, up to the last finished one.
-    """
-
-    def __init__(self, journal: Journal, rejected: int):
-        self.journal, self.rejected = journal, rejected
-        self.pending: list[tuple[int, int, Any, float, bool]] = []
-        self.waited = 0.0
-        self.last = time.perf_counter()
-
-    def sent(self, step: int, epoch: int, metrics: Any, compiled: bool) -> None:
-        """Note a step that was sent to the device, and wait for the one before."""
-        self.pending.append((step, epoch, metrics, self.waited, compiled))
-        self.waited = 0.0
-        while len(self.pending) > 1:
-            self._finish()
-
-    def drain(self) -> None:
-        """Wait for everything that was sent."""
-        while self.pending:
-            self._finish()
-
-    def restart(self) -> None:
-        """Leave out of the next step's time what has passed since the last."""
-        self.last, self.waited = time.perf_counter(), 0.0
-
-    def _finish(self) -> None:
-        step, epoch, metrics, waited, compiled = self.pending.pop(0)
-        values = jax.device_get(metrics)
-        self.rejected = int(values["rejected"])
-        now = time.perf_counter()
-        self.journal.step(step, epoch, values, now - self.last, min(waited, now - self.last), compiled)
-        self.last = now
-
-
-def on_device(batches: Iterator[StepBatch], mesh: Mesh, clock: _Clock) -> Iterator[tuple[StepBatch, Any]]:
+def on_device(
+    batches: Iterator[StepBatch], mesh: Mesh, goodput: Goodput
+) -> Generator[tuple[StepBatch, Any], None, None]:
     """Send each batch to the devices while the step before it still runs."""
     sharding = batch_sharding(mesh)
     while True:
-        began = time.perf_counter()
-        item = next(batches, None)
-        clock.waited += time.perf_counter() - began
+        with goodput.measure("input"):
+            item = next(batches, None)
         if item is None:
             return
         yield item, jax.tree.map(lambda leaf: place_rows(leaf, sharding), item.batch)

@@ -27,6 +27,9 @@ from typing import Any
 from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.mesh import MeshConfig
 from tracevision_jax.training.optimizer import OptimizerConfig
+from tracevision_jax.training.profiling import parse as parse_profile
+from tracevision_jax.training.retention import CheckpointConfig
+from tracevision_jax.training.retention import faults as retention_faults
 from tracevision_jax.training.stability import StabilityConfig
 
 
@@ -57,16 +60,12 @@ class DataConfig:
     """Processes that make batches; 0 makes them in threads of the training process."""
     prefetch: int = 4
     """Batches that are made ahead."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save, and how many to keep."""
-
-    every: int = 500
-    """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = 3
-    """How many of the latest stay."""
+    retries: int = 3
+    """How often to try again what may pass: a read that fails (0.1 s, 0.4 s, 1.6 s later), a worker that dies."""
+    timeout: float = 600.0
+    """Seconds to wait for a batch; then the reading hangs."""
+    bad_limit: float = 0.2
+    """Share of the last thousand records that may be unusable; more end the run with the file that holds most."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,8 @@ class TrainRecipe:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    profile: str = ""
+    """FIRST:LAST, steps to trace with jax.profiler into OUT/profile, such as 10:12."""
     log_every: int = 1
     """Steps between lines of the console and the metrics file."""
     init_from: str = ""
@@ -122,7 +123,19 @@ class TrainRecipe:
     """Folder of the run; by default runs/NAME. A run that is there already is continued."""
 
 
-RUN_ONLY = ("out", "log_every", "checkpoint", "evaluation", "mesh", "data.workers", "data.prefetch")
+RUN_ONLY = (
+    "out",
+    "log_every",
+    "profile",
+    "checkpoint",
+    "evaluation",
+    "mesh",
+    "data.workers",
+    "data.prefetch",
+    "data.retries",
+    "data.timeout",
+    "data.bad_limit",
+)
 """Fields that may differ when a run is continued: they change no batch and no formula."""
 
 
@@ -152,8 +165,15 @@ def check(recipe: TrainRecipe) -> None:
         faults.append(f"rows has {len(recipe.rows)} numbers for {len(recipe.buckets)} buckets")
     if any(rows < 1 for rows in recipe.rows):
         faults.append("rows must be positive")
-    if recipe.log_every < 1 or recipe.checkpoint.keep < 1:
-        faults.append("log_every and checkpoint.keep must be at least 1")
+    if recipe.log_every < 1:
+        faults.append("log_every must be at least 1")
+    if recipe.data.retries < 0 or recipe.data.timeout <= 0 or not 0 <= recipe.data.bad_limit <= 1:
+        faults.append("data.retries must not be negative, data.timeout positive, data.bad_limit between 0 and 1")
+    try:
+        parse_profile(recipe.profile)
+    except UserError as error:
+        faults.append(str(error))
+    faults += retention_faults(recipe.checkpoint, recipe.evaluation.every)
     if recipe.stability.patience < 2 or recipe.stability.spike < 0:
         faults.append("stability.patience must be at least 2 and stability.spike not negative")
     if any(entry.repetitions <= 0 for entry in recipe.data.sources):

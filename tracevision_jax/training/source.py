@@ -32,6 +32,8 @@ class StepBatch:
     bucket: Bucket
     batch: Batch
     bad: tuple[BadRecordReport, ...] = ()
+    troubles: tuple[str, ...] = ()
+    """What went wrong on the way and was mended, such as a worker that died and was started again."""
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.weights import hashes
@@ -39,18 +40,30 @@ def save_model(
     Args:
         directory: where to.
         config: JSON values; by convention "system" (its name) and "model" (its configuration).
-        params: nested dictionaries of arrays.
+        params: nested dictionaries of arrays; with several processes all call with the same ones, the first writes.
         folders: {name: what writes the files of a folder of that name beside them}, such as the tokenizer's.
     """
     directory = Path(directory).absolute()
     partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    first = jax.process_index() == 0
+    if first:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    multihost_utils.sync_global_devices("a folder for the model is there")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / "params", params)
+    if first:
+        _finish(directory, partial, old, config, folders or {})
+    multihost_utils.sync_global_devices("the model is written")
+
+
+def _finish(
+    directory: Path, partial: Path, old: Path, config: dict[str, Any], folders: Mapping[str, Callable[[Path], Any]]
+) -> None:
+    """Add what stands beside the parameters, and put the whole in its place."""
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name, write in (folders or {}).items():
+    for name, write in folders.items():
         (partial / name).mkdir()
         write(partial / name)
     hashes.write_hashes(partial)
