@@ -4,7 +4,7 @@
     tracevision train tracevision_72b_stage1 --init-from checkpoints/qwen72b --data.root gs://... --mesh.fsdp 256
     tracevision compile tracevision_72b_stage1_5 --topology v5p:8x8x4
 
-Hardware: 256 v5p chips or more; `tracevision compile` says what fits. Nothing has been trained; no result is known.
+Hardware: 256 v5p chips or more, one row of any length a chip; `tracevision compile` says what fits. Nothing has been trained; no result is known.
 """
 
 import dataclasses
@@ -27,6 +27,6 @@ for _size in ("32b", "72b"):
                 _stage,
                 name=_stage.name.replace("7b", _size),
                 model=TraceVisionTraining(_config),
-                rows=(256, 256)[: len(_stage.rows)],
+                rows=(256,),
             )
         )

@@ -1,6 +1,6 @@
-"""Run in a process of eight virtual devices: the collectives of a compiled TraceVision step on given meshes.
+"""Run in a process of eight virtual devices: the collectives of a compiled TraceVision step on a given mesh.
 
-Prints one JSON line: {"parameters": {path: [shape, cut, stacked]}, "meshes": {mesh: [collective, ...]}}.
+Prints one JSON line: {"parameters": {path: [shape, axes]}, "collectives": [collective, ...]}.
 """
 
 import dataclasses
@@ -23,22 +23,20 @@ BUCKET = Bucket(tokens=48, frames=2, windows=3, conversations=2, points=4, masks
 ROWS = 8
 
 
-def main(meshes: list[dict[str, int]]) -> None:
-    """Compile for each mesh, everything trained, blocks rematerialised as at production size."""
+def main(sizes: dict[str, int]) -> None:
+    """Compile everything trained, blocks rematerialised as at production size."""
     system = small_system()
     host = system.config.host.with_precision("float32", "float32", "full")
     system = dataclasses.replace(system, config=dataclasses.replace(system.config, host=host))
     recipe = TrainRecipe("small", stage="stage1_5", buckets=(BUCKET,))
     shapes = flatten(jax.eval_shape(system.init, jax.random.key(0)))
-    specs = {path: spec_of(path, leaf.shape, PARAMETERS) or () for path, leaf in shapes.items()}
-    found = {}
-    for sizes in meshes:
-        mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
-        lower, _ = lowered_step(system, recipe, BUCKET, ROWS, mesh)
-        uses = collectives(parse(lower().compile().as_text()), dict(mesh.shape))
-        found[json.dumps(sizes)] = [dataclasses.asdict(use) for use in uses]
-    parameters = {path: (leaf.shape, tuple(specs[path])) for path, leaf in shapes.items()}
-    print(json.dumps({"parameters": parameters, "meshes": found}))
+    parameters = {
+        path: (leaf.shape, tuple(spec_of(path, leaf.shape, PARAMETERS) or ())) for path, leaf in shapes.items()
+    }
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
+    lower, _ = lowered_step(system, recipe, BUCKET, ROWS, mesh)
+    uses = collectives(parse(lower().compile().as_text()), dict(mesh.shape))
+    print(json.dumps({"parameters": parameters, "collectives": [dataclasses.asdict(use) for use in uses]}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m tests.parallel.sharding_goldens        # writes the files anew; read the diff before committing it
 """
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -37,12 +38,18 @@ def _axes(spec: Any, ndim: int) -> str:
     return " ".join(axis or "-" for axis in named) or "-"
 
 
+@functools.cache
+def shapes_of(system: Any) -> Any:
+    """Parameters of a system, which the stages of a size share."""
+    return jax.eval_shape(system.init, jax.random.key(0))
+
+
 def golden(name: str) -> str:
     """The text of a recipe: rules of activations, every parameter, and how the optimizer's state follows."""
     recipe = registry.get(name)
     system = registry.system(recipe.system).build(recipe)
     optimizer = make_optimizer(recipe.optimizer, 1000)
-    shapes = jax.eval_shape(system.init, jax.random.key(0))
+    shapes = shapes_of(system)
     places = parameter_shardings(shapes, MESH, PARAMETERS)
     state, _ = jax.eval_shape(lambda p: create_state(system, p, optimizer, recipe.stage, 0), shapes)
     trained, _ = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)

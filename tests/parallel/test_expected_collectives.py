@@ -17,7 +17,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}]
+MESH = {"fsdp": 4, "tensor": 2}
+"""Along both axes that parameters are cut over."""
 WIDTH = 32
 """Of the residual streams of `small_tracevision`: language model, tower and TVP."""
 MERGED = 4 * WIDTH
@@ -67,7 +68,7 @@ def found() -> dict:
     """What `collectives_on_mesh.py` prints in a process of eight virtual devices."""
     wanted = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     result = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.collectives_on_mesh", json.dumps(MESHES)],
+        [sys.executable, "-m", "tests.parallel.collectives_on_mesh", json.dumps(MESH)],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {wanted}", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -107,10 +108,8 @@ def counted(uses: list[dict]) -> tuple[Counter, list[str]]:
     return reasons, others
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [json.dumps(sizes) for sizes in MESHES])
-def test_a_step_has_the_collectives_that_its_layout_needs_and_no_other(found, mesh):
-    reasons, others = counted(found["meshes"][mesh])
+def test_a_step_has_the_collectives_that_its_layout_needs_and_no_other(found):
+    reasons, others = counted(found["collectives"])
     assert others == []
     parameters = found["parameters"]
     arrays = {path: layers_of(path, shape) for path, (shape, _) in parameters.items()}
@@ -124,4 +123,4 @@ def test_a_step_has_the_collectives_that_its_layout_needs_and_no_other(found, me
     assert reasons["the gradient of a parameter over all rows"] <= sum(arrays.values())
     assert reasons["slices of looked-up rows for whole rows"] == 2 * LOOKUPS  # there and, as gradients, back
     assert reasons["which rows of a table to look up"] == LOOKUPS
-    assert reasons["a sum over heads or MLP columns"] <= SUMS_OVER_TENSOR
+    assert 0 < reasons["a sum over heads or MLP columns"] <= SUMS_OVER_TENSOR
