@@ -4,7 +4,8 @@
     tracevision train tracevision_72b_stage1 --init-from checkpoints/qwen72b --data.root gs://... --mesh.fsdp 256
     tracevision compile tracevision_72b_stage1_5 --topology v5p:8x8x4
 
-Hardware: 256 v5p chips or more, one row of any length a chip; `tracevision compile` says what fits. Nothing has been trained; no result is known.
+Hardware: 256 v5p chips or more, one row of any length a chip; `tracevision compile` says what fits. Nothing has been
+trained; no result is known.
 """
 
 import dataclasses
