@@ -20,15 +20,17 @@ from tracevision_jax.layers.basic import REMAT_POLICIES
 from tracevision_jax.parallel.ahead_of_time import Program, kept_for_backward, shard_bytes
 from tracevision_jax.parallel.flops import training_flops
 from tracevision_jax.parallel.mesh import AXES, BATCH_AXES, MeshConfig, batch_sharding, mesh_shape
-from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, partition_specs
+from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, partition_specs, spec_of
 from tracevision_jax.systems.protocol import System
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tracevision_jax.training.parameters import merge, split_for_stage
+from tracevision_jax.training.parameters import flatten, merge, split_for_stage
 from tracevision_jax.training.recipe import TrainRecipe
 from tracevision_jax.training.step import create_state, make_train_step, state_shardings, total_loss
 
 STEPS = 1000
 """Of the learning rate's schedule; it changes no cost."""
+TILE = 8
+"""Rows of the tiles in which TPU keeps arrays."""
 
 
 def with_remat(config: Any, policy: str) -> Any:
@@ -75,6 +77,26 @@ def meshes(devices: int, largest_tensor: int | None = None, largest_context: int
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def usual_mesh(
+    rows: int, devices: int, accumulation: int, shapes: Any, rules: tuple[Rule, ...] = PARAMETERS
+) -> MeshConfig:
+    """The mesh where none is asked for: rows over `fsdp` as far as slices are whole tiles, then over `data`, and the
+    chips that are left over `tensor`.
+
+    TPU gathers slices that are no whole tiles, and scatters sums of them, as sums of whole arrays: twice the bytes.
+    """
+    holders = math.gcd(rows // accumulation, devices)
+    flat = {path: leaf.shape for path, leaf in flatten(shapes).items()}
+    cut = {
+        size
+        for path, shape in flat.items()
+        for size, axes in zip(shape, spec_of(path, shape, rules) or (), strict=False)
+        if axes == "fsdp"
+    }
+    fsdp = max((n for n in _divisors(holders) if not any(size % (n * TILE) for size in cut)), default=holders)
+    return MeshConfig(data=holders // fsdp, fsdp=fsdp, tensor=devices // holders)
 
 
 def nearest_mesh(
