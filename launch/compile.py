@@ -38,7 +38,7 @@ class Args:
       tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4
       tracevision compile tracevision_7b_stage1_5 --topology v5e:16x16 --rows 256 --json report.json
       tracevision compile tracevision_7b_stage2 --topology v5p:2x2x1 --programs decode --new-tokens 512
-      tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4 --search --limit 8
+      tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4 --quick --search --limit 8
     """
 
     recipe: tyro.conf.Positional[str]
@@ -66,6 +66,9 @@ class Args:
     """Room for the tokens of an answer."""
     json: str | None = None
     """Write everything to this file; "-" is standard output."""
+    quick: bool = False
+    """Let the compiler make its least effort: several times faster. Products, kernels and bytes of collectives are the
+    same; temporaries and HBM traffic come out larger."""
     search: bool = False
     """Try batches, remat policies and meshes for training, and print the best that fit."""
     rows_per_chip: tuple[float, ...] = (0.5, 1, 2, 4)
@@ -95,6 +98,10 @@ def run(args: Args) -> int:
     from configs import registry
     from tracevision_jax.training.recipe import check
 
+    if args.quick:
+        import jax
+
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
     recipe = registry.get(args.recipe)
     if args.accumulation is not None:
         recipe = dataclasses.replace(recipe, accumulation=args.accumulation)
@@ -207,7 +214,7 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         return measure(program, wanted, mesh).to_json()
 
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
-    about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}"
+    about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{' | quick' * args.quick}"
     found = search(tried, about, path, outcome_of, lambda line: print(line, file=sys.stderr, flush=True), args.limit)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:
