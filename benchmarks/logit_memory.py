@@ -51,7 +51,7 @@ def plan(chunk: int, device: Any) -> tuple[int, int]:
     hidden = of(jnp.dtype(config.dtype), 1, TOKENS, config.width)
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     compiled = step.lower(params, hidden, of(jnp.int32, 1, TOKENS), of(jnp.float32, 1, TOKENS)).compile()
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     return analysis.temp_size_in_bytes, analysis.output_size_in_bytes
 
 
