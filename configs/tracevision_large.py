@@ -1,7 +1,7 @@
 """TraceVision on Qwen2.5-VL-32B and 72B: the paper's three stages on larger hosts, which the paper does not train.
 
     tracevision convert --from Qwen2.5-VL-72B-Instruct --to checkpoints/qwen72b --verify
-    tracevision train tracevision_72b_stage1 --init-from checkpoints/qwen72b --data.root gs://... --mesh.data 8 --mesh.fsdp 32
+    tracevision train tracevision_72b_stage1 --init-from checkpoints/qwen72b --mesh.data 8 --mesh.fsdp 32
     tracevision compile tracevision_72b_stage1_5 --topology v5p:8x8x4
 
 Hardware: 256 v5p chips or more, one row of any length a chip (docs/scaling.md: 72B, stage 1.5 fits). Nothing has been
