@@ -14,10 +14,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import registry
 from tracevision_jax.parallel.mesh import AXES
-from tracevision_jax.parallel.rules import ACTIVATIONS, PARAMETERS, parameter_shardings
-from tracevision_jax.training.optimizer import make_optimizer
-from tracevision_jax.training.parameters import flatten, split_for_stage
-from tracevision_jax.training.step import create_state, state_shardings
+from tracevision_jax.parallel.rules import ACTIVATIONS
+from tracevision_jax.training.ahead_of_time import placed_state
+from tracevision_jax.training.parameters import flatten, merge
 
 FOLDER = Path(__file__).with_name("goldens")
 COMMAND = "python -m tests.parallel.sharding_goldens"
@@ -48,19 +47,15 @@ def golden(name: str) -> str:
     """The text of a recipe: rules of activations, every parameter, and how the optimizer's state follows."""
     recipe = registry.get(name)
     system = registry.system(recipe.system).build(recipe)
-    optimizer = make_optimizer(recipe.optimizer, 1000)
-    shapes = shapes_of(system)
-    places = parameter_shardings(shapes, MESH, PARAMETERS)
-    state, _ = jax.eval_shape(lambda p: create_state(system, p, optimizer, recipe.stage, 0), shapes)
-    trained, _ = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
-    layout = state_shardings(state, trained, MESH)
+    state, frozen = placed_state(system, recipe, shapes_of(system), MESH)
+    placed = flatten(merge(state.trained, frozen))
 
     trains = system.trainable(recipe.stage)
     rows = sorted(
         {
             (re.sub(r"\d+", "*", path), " x ".join(map(str, leaf.shape)) or "scalar",
-             _axes(flatten(places)[path].spec, leaf.ndim), "trained" if trains(path) else "frozen")
-            for path, leaf in flatten(shapes).items()
+             _axes(leaf.sharding.spec, leaf.ndim), "trained" if trains(path) else "frozen")
+            for path, leaf in placed.items()
         }
     )  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -68,9 +63,8 @@ def golden(name: str) -> str:
 
     whole: dict[str, int] = {}
     cut = 0
-    leaves = zip(jax.tree.leaves_with_path(state.optimizer), jax.tree.leaves(layout.optimizer), strict=True)
-    for (path, leaf), place in leaves:
-        if any(place.spec):
+    for path, leaf in jax.tree.leaves_with_path(state.optimizer):
+        if any(leaf.sharding.spec):
             cut += 1
         elif leaf.size > 1:
             kind = next((key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)), "other")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.layers.basic import REMAT_POLICIES
@@ -88,11 +88,10 @@ def usual_mesh(
     TPU gathers slices that are no whole tiles, and scatters sums of them, as sums of whole arrays: twice the bytes.
     """
     holders = math.gcd(rows // accumulation, devices)
-    flat = {path: leaf.shape for path, leaf in flatten(shapes).items()}
     cut = {
         size
-        for path, shape in flat.items()
-        for size, axes in zip(shape, spec_of(path, shape, rules) or (), strict=False)
+        for path, leaf in flatten(shapes).items()
+        for size, axes in zip(leaf.shape, spec_of(path, leaf.shape, rules) or (), strict=False)
         if axes == "fsdp"
     }
     fsdp = max((n for n in _divisors(holders) if not any(size % (n * TILE) for size in cut)), default=holders)
@@ -155,7 +154,6 @@ def training_program(
     rules: tuple[Rule, ...] = PARAMETERS,
 ) -> Program:
     """The step on batches of `rows` rows of a bucket, on a mesh that fits (`fitting_mesh`)."""
-    shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
     lower, (state, frozen, batch) = lowered_step(system, recipe, bucket, rows, mesh, rules)
 
     def loss(trained: Any, given: tuple[Any, Any]) -> jax.Array:
@@ -164,13 +162,12 @@ def training_program(
         return total_loss(system.coefficients, sums, weights)
 
     trained_shapes, *given = jax.tree.map(_without_place, (state.trained, frozen, batch))
-    given = tuple(given)
     holders = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")) * recipe.accumulation
     return Program(
         name=f"train on rows of {bucket}",
         lower=lower,
         held={"parameters": (state.trained, frozen), "optimizer": state.optimizer, "batch": batch},
-        flops=training_flops(loss, trained_shapes, given, parts_of(shapes)),
+        flops=training_flops(loss, trained_shapes, given, parts_of(merge(state.trained, frozen))),
         tokens=jax.eval_shape(lambda batch: batch.filled, given[1]).size,
         rows=rows,
         kept={
@@ -184,6 +181,24 @@ def _without_place(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
+def _placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def placed_state(
+    system: System, recipe: TrainRecipe, shapes: Any, mesh: Mesh | AbstractMesh, rules: tuple[Rule, ...] = PARAMETERS
+) -> tuple[Any, Any]:
+    """(state, frozen parameters) of a stage as shapes with their layouts, from the shapes of all parameters."""
+    optimizer = make_optimizer(recipe.optimizer, STEPS)
+    places = parameter_shardings(shapes, mesh, rules)
+    state, frozen = jax.eval_shape(
+        lambda params: create_state(system, params, optimizer, recipe.stage, recipe.seed), shapes
+    )
+    trained_places, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
+    layout = state_shardings(state, trained_places, mesh)
+    return jax.tree.map(_placed, state, layout), jax.tree.map(_placed, frozen, frozen_places)
+
+
 def lowered_step(
     system: System,
     recipe: TrainRecipe,
@@ -193,29 +208,16 @@ def lowered_step(
     rules: tuple[Rule, ...] = PARAMETERS,
 ) -> tuple[Callable[[], Any], tuple[Any, Any, Any]]:
     """What lowers the step, and its arguments (state, frozen parameters, batch) as shapes with their layouts."""
-    optimizer = make_optimizer(recipe.optimizer, STEPS)
     shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
-    places = parameter_shardings(shapes, mesh, rules)
-    state_shapes, frozen_shapes = jax.eval_shape(
-        lambda params: create_state(system, params, optimizer, recipe.stage, recipe.seed), shapes
-    )
-    trained_places, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
-    layout = state_shardings(state_shapes, trained_places, mesh)
-
-    def placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    state = jax.tree.map(placed, state_shapes, layout)
-    frozen = jax.tree.map(placed, frozen_shapes, frozen_places)
-    batch_shapes = system.batch_spec(bucket, rows)
-    batch = jax.tree.map(lambda leaf: placed(leaf, batch_sharding(mesh)), batch_shapes)
+    state, frozen = placed_state(system, recipe, shapes, mesh, rules)
+    batch = jax.tree.map(lambda leaf: _placed(leaf, batch_sharding(mesh)), system.batch_spec(bucket, rows))
     step = make_train_step(
         system,
-        optimizer,
+        make_optimizer(recipe.optimizer, STEPS),
         learning_rate_schedule(recipe.optimizer, STEPS),
         accumulation=recipe.accumulation,
         mesh=mesh,
-        state_shardings=layout,
+        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
     )
 
     def lower() -> Any:
