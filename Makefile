@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## Train, evaluate and draw on synthetic scenes, 17 minutes on two cores: runs/demo/report/index.html
+demo: $(STAMP) ## Train, evaluate and draw on synthetic scenes, 15 minutes on two cores: runs/demo/report/index.html
 	$(MEMORY) $(BIN)/tracevision demo $(DEMO_ARGS)
 
 test: $(STAMP) ## Run all tests on the CPU with two workers (PYTEST_ARGS="-k name" to choose)

@@ -42,7 +42,7 @@ class Command(NamedTuple):
 GROUPS: dict[str, dict[str, Command]] = {
     "See it work": {
         "demo": Command(
-            "train a small model on drawn scenes, evaluate it, write a report with pictures (17 minutes)",
+            "train a small model on drawn scenes, evaluate it, write a report with pictures (15 minutes)",
             "tracevision demo",
         ),
     },

@@ -19,6 +19,8 @@ HELD_OUT_SEED = 1_000_001
 """No recipe trains on seeds from a million up."""
 EXAMPLES_ASKED = 40
 """Scenes with dialogues, from which the report takes its examples of them."""
+PROMPT_SIZES = ((128, 16), (224, 32))
+"""Tokens and points that prompts are padded to: of the evaluation, and of dialogues with their history."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def run(args: Args) -> int:
     if args.length <= 0 or args.samples < 1:
         raise UserError("--length must be positive and --samples at least 1")
     from tracevision_jax.inference.loading import fingerprint, load
+    from tracevision_jax.records.batch import Bucket
 
     clock = _Clock(args.out / "seconds.json")
     model = Path()
@@ -63,7 +66,7 @@ def run(args: Args) -> int:
                 return 130
     with clock.measure("evaluation"):
         held_out = held_out_scenes(args.out / "held_out", args.samples)
-        trained = load(model)
+        trained = load(model, buckets=[Bucket(tokens, 1, 4, 1, points, 0) for tokens, points in PROMPT_SIZES])
         evaluated = evaluate(trained, fingerprint(model), held_out, args.out / "evaluation")
     with clock.measure("report"):
         page, metrics = _report(args, trained, evaluated, held_out, clock.seconds)
