@@ -22,6 +22,7 @@ from configs.registry import get
 from launch.demo import evaluate, held_out_scenes
 from launch.train import train
 from tracevision_jax.errors import UserError
+from tracevision_jax.inference.loading import fingerprint, load
 from tracevision_jax.records.simplification import Simplification
 from tracevision_jax.systems.tracevision import TraceVisionConfig
 from tracevision_jax.training.recipe import TrainRecipe
@@ -88,7 +89,7 @@ def run(args: Args) -> None:
                     continue  # without a TVP there is nothing of it to pretrain
                 _train(_recipe(stage, seed, args.length, VARIANTS[name][1]), folder / stage, str(before / "model"))
                 before = folder / stage
-            results[key] = numbers(evaluate(before, held_out, folder / "evaluation"))
+            results[key] = numbers(evaluate(load(before), fingerprint(before), held_out, folder / "evaluation"))
             path.write_text(json.dumps(results, indent=2) + "\n")
     args.table.write_text(table(results, args))
 

@@ -92,7 +92,7 @@ class Plan:
     """Changes whenever any step would hold other records."""
 
     def __post_init__(self):
-        """Assign buckets; raises UserError when there is nothing to train on."""
+        """Assign buckets; raises UserError when there is nothing to train on, in all or in one of the sources."""
         if len(self.rows) != len(self.buckets) or not self.buckets or min(self.rows) < 1:
             raise UserError(f"{len(self.buckets)} buckets need as many positive numbers of rows: {self.rows}.")
         order = sorted(range(len(self.buckets)), key=lambda b: self.buckets[b])
@@ -107,13 +107,14 @@ class Plan:
             for number, bucket_of in enumerate(self._bucket_of)
             for record in np.flatnonzero(bucket_of < 0)
         )
-        if all((bucket_of < 0).all() for bucket_of in self._bucket_of):
-            longest = ", ".join(str(s.resources.max(0).tolist()) for s in self.sources if len(s.resources))
-            raise UserError(
-                f"No record fits any bucket: the largest take {longest or 'nothing (there are no records)'} "
-                f"({', '.join(names)}); the last bucket is "
-                f"{self.buckets[-1]}."
-            )
+        for source, bucket_of in zip(self.sources, self._bucket_of, strict=True):
+            if len(bucket_of) and (bucket_of < 0).all():
+                raise UserError(
+                    f"No record of source {source.name} fits any bucket: the largest take "
+                    f"{source.resources.max(0).tolist()} ({', '.join(names)}); the last bucket is {self.buckets[-1]}."
+                )
+        if not any(map(len, self._bucket_of)):
+            raise UserError("There are no records in any source.")
         self.fingerprint = self._hash()
         self._epochs: OrderedDict[int, EpochPlan] = OrderedDict()
         self._starts = [0]

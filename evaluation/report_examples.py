@@ -324,7 +324,7 @@ def asked_section(model: Asking, task: str, samples: Samples, images: Images, co
 
 
 def ask_in_turn(model: Asking, chosen: Sequence[tuple[Sample, Conversation]]) -> list[list[Answer]]:
-    """The model's answers to every question of every conversation, a batch a round."""
+    """The model's answers to every question of every conversation, a batch a round, all of as many rows."""
     histories: list[list[Turn]] = [[] for _ in chosen]
     answers: list[list[Answer]] = [[] for _ in chosen]
     questions = [[turn for turn in asked.turns if turn.role == "user"] for _, asked in chosen]
@@ -336,7 +336,7 @@ def ask_in_turn(model: Asking, chosen: Sequence[tuple[Sample, Conversation]]) ->
             histories[number].append(questions[number][round_])
             conversation = Conversation(asked.task, tuple(histories[number]))
             pieces.append(model.processor.piece(sample, [conversation], answer=False))
-        made = model.engine.generate(pieces, max_new_tokens=ANSWER_TOKENS)
+        made = model.engine.generate(pieces, max_new_tokens=ANSWER_TOKENS, rows=len(chosen))
         for number, answer in zip(going, made, strict=True):
             sample = chosen[number][0]
             answers[number].append(dataclasses.replace(answer, size=sample.size))

@@ -38,7 +38,7 @@ class Args:
       tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4
       tracevision compile tracevision_7b_stage1_5 --topology v5e:16x16 --rows 256 --json report.json
       tracevision compile tracevision_7b_stage2 --topology v5p:2x2x1 --programs decode --new-tokens 512
-      tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4 --search --limit 8
+      tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4 --quick --search --limit 8
     """
 
     recipe: tyro.conf.Positional[str]
@@ -54,7 +54,8 @@ class Args:
     rows: int | None = None
     """Rows of a global batch; by default the recipe's."""
     mesh: MeshFlags = MeshFlags()
-    """Of training. By default the recipe's; where that names no sizes, fsdp as far as the rows go, then tensor."""
+    """Of training. By default the recipe's; where that names no sizes, rows over fsdp as far as slices are whole tiles,
+    then over data; the chips that are left over tensor."""
     accumulation: int | None = None
     """Microbatches of an update; by default the recipe's."""
     remat: str | None = None
@@ -65,6 +66,9 @@ class Args:
     """Room for the tokens of an answer."""
     json: str | None = None
     """Write everything to this file; "-" is standard output."""
+    quick: bool = False
+    """Let the compiler make its least effort: several times faster. Products, kernels and bytes of collectives are the
+    same; temporaries and HBM traffic come out larger."""
     search: bool = False
     """Try batches, remat policies and meshes for training, and print the best that fit."""
     rows_per_chip: tuple[float, ...] = (0.5, 1, 2, 4)
@@ -73,6 +77,8 @@ class Args:
     """For --search."""
     tensors: tuple[int, ...] = (1, 2, 4)
     """For --search: sizes of the axis tensor; fsdp takes the other chips."""
+    copies: tuple[int, ...] = (1, 8)
+    """For --search: sizes of the axis data, each with all parameters."""
     limit: int = 0
     """For --search: compile at most so many; 0 for all."""
     out: Path | None = None
@@ -92,6 +98,10 @@ def run(args: Args) -> int:
     from configs import registry
     from tracevision_jax.training.recipe import check
 
+    if args.quick:
+        import jax
+
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
     recipe = registry.get(args.recipe)
     if args.accumulation is not None:
         recipe = dataclasses.replace(recipe, accumulation=args.accumulation)
@@ -139,7 +149,7 @@ def _outcomes(args: Args, recipe: Any, system: Any, wanted: Any) -> Iterator[Any
     layouts = []
     for number in numbers if "train" in args.programs else ():
         rows = args.rows or rows_of[number]
-        asked = _mesh(args.mesh, recipe, rows, wanted.devices)
+        asked = _mesh(args.mesh, recipe, rows, wanted.devices, shapes)
         layouts.append((number, rows, fitting_mesh(asked, wanted.devices, rows, recipe.accumulation, shapes)))
     devices = open_devices(wanted)
     for number, rows, config in layouts:
@@ -166,9 +176,10 @@ def _answers(args: Args, steps: list[str], system: Any, bucket: Any, wanted: Any
             yield measure(program, wanted, mesh)
 
 
-def _mesh(flags: MeshFlags, recipe: Any, rows: int, devices: int) -> Any:
-    """The mesh that is asked for: flags over the recipe's; with neither, rows over fsdp and the rest over tensor."""
+def _mesh(flags: MeshFlags, recipe: Any, rows: int, devices: int, shapes: Any) -> Any:
+    """The mesh that is asked for: flags over the recipe's; with neither, `usual_mesh`."""
     from tracevision_jax.parallel.mesh import AXES, MeshConfig
+    from tracevision_jax.training.ahead_of_time import usual_mesh
 
     named = {axis: getattr(flags, axis) for axis in AXES if getattr(flags, axis)}
     if named:
@@ -178,8 +189,7 @@ def _mesh(flags: MeshFlags, recipe: Any, rows: int, devices: int) -> Any:
         return MeshConfig(**sizes)
     if recipe.mesh != MeshConfig():
         return recipe.mesh
-    fsdp = math.gcd(rows // recipe.accumulation, devices)
-    return MeshConfig(data=1, fsdp=fsdp, tensor=devices // fsdp)
+    return usual_mesh(rows, devices, recipe.accumulation, shapes)
 
 
 def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
@@ -194,7 +204,7 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
     bucket = recipe.buckets[args.bucket or 0]
     shapes = jax.eval_shape(build(recipe).init, jax.random.key(0))
     per_chip = (args.rows / wanted.devices,) if args.rows else args.rows_per_chip
-    tried = candidates(wanted.devices, recipe.accumulation, shapes, per_chip, args.remats, args.tensors)
+    tried = candidates(wanted.devices, recipe.accumulation, shapes, per_chip, args.remats, args.tensors, args.copies)
     devices = open_devices(wanted)
 
     def outcome_of(candidate: Candidate) -> dict[str, Any]:
@@ -204,7 +214,7 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         return measure(program, wanted, mesh).to_json()
 
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
-    about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}"
+    about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{' | quick' * args.quick}"
     found = search(tried, about, path, outcome_of, lambda line: print(line, file=sys.stderr, flush=True), args.limit)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:

@@ -12,12 +12,15 @@ from tracevision_jax.errors import UserError
 if TYPE_CHECKING:
     from data_loaders.sources.localized_narratives import LocalizedNarratives
     from evaluation.report_examples import Evaluated
+    from tracevision_jax.inference.tracevision import TraceVisionInference
 
 STAGES = ("stage0", "stage1", "stage1_5", "stage2")
 HELD_OUT_SEED = 1_000_001
 """No recipe trains on seeds from a million up."""
 EXAMPLES_ASKED = 40
 """Scenes with dialogues, from which the report takes its examples of them."""
+PROMPT_SIZES = ((128, 16), (224, 32))
+"""Tokens and points that prompts are padded to: of the evaluation, and of dialogues with their history."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ def run(args: Args) -> int:
     """
     if args.length <= 0 or args.samples < 1:
         raise UserError("--length must be positive and --samples at least 1")
+    from tracevision_jax.inference.loading import fingerprint, load
+    from tracevision_jax.records.batch import Bucket
+
     clock = _Clock(args.out / "seconds.json")
     model = Path()
     for before, stage in zip(("", *STAGES), STAGES, strict=False):
@@ -60,9 +66,10 @@ def run(args: Args) -> int:
                 return 130
     with clock.measure("evaluation"):
         held_out = held_out_scenes(args.out / "held_out", args.samples)
-        evaluated = evaluate(model, held_out, args.out / "evaluation")
+        trained = load(model, buckets=[Bucket(tokens, 1, 4, 1, points, 0) for tokens, points in PROMPT_SIZES])
+        evaluated = evaluate(trained, fingerprint(model), held_out, args.out / "evaluation")
     with clock.measure("report"):
-        page, metrics = _report(args, model, evaluated, held_out, clock.seconds)
+        page, metrics = _report(args, trained, evaluated, held_out, clock.seconds)
     for name, target in metrics["targets"].items():
         mark = "reached" if target["reached"] else "missed"
         print(f"{name:32s} {target['value']!s:>22.22} (target {target['target']})  {mark}")
@@ -107,21 +114,17 @@ def held_out_scenes(folder: Path, count: int) -> "LocalizedNarratives":
     return LocalizedNarratives([str(narratives)], folder, "coco", cache=folder / "cache")
 
 
-def evaluate(model: Path, held_out: "LocalizedNarratives", out: Path) -> "list[Evaluated]":
-    """Every task with its controls."""
+def evaluate(
+    model: "TraceVisionInference", fingerprint: str, held_out: "LocalizedNarratives", out: Path
+) -> "list[Evaluated]":
+    """Every task with its controls; `fingerprint` is the model's, by which an interrupted evaluation knows its own."""
     from data_loaders.synthetic.config import COLOURS, SHAPES
     from evaluation.grounding_tasks import ReferBox, ReferSegment, TraceSegment
     from evaluation.report_examples import Evaluated
     from evaluation.sweep import Sweep
     from evaluation.trace_tasks import TraceCaptioning, TracedObject, TracePrediction
-    from tracevision_jax.inference.engine import Engine
-    from tracevision_jax.inference.loading import fingerprint, read_checkpoint
-    from tracevision_jax.records.processor import Processor
 
-    checkpoint = read_checkpoint(model)
-    config = checkpoint.system.config
-    engine = Engine(config, checkpoint.params, checkpoint.vocabulary)
-    sweep = Sweep(engine, Processor(checkpoint.vocabulary, config.processor), out, fingerprint(model))
+    sweep = Sweep(model.engine, model.processor, out, fingerprint)
     tasks = (
         TracedObject(tuple(COLOURS), SHAPES),
         TracePrediction(),
@@ -134,7 +137,7 @@ def evaluate(model: Path, held_out: "LocalizedNarratives", out: Path) -> "list[E
 
 
 def _report(
-    args: Args, model: Path, evaluated: "list[Evaluated]", held_out: Any, seconds: dict[str, float]
+    args: Args, model: "TraceVisionInference", evaluated: "list[Evaluated]", held_out: Any, seconds: dict[str, float]
 ) -> tuple[Path, dict[str, Any]]:
     """Write the report; (its page, its numbers)."""
     from configs.tracevision_demo import asked
@@ -142,7 +145,6 @@ def _report(
     from data_loaders.synthetic.config import SceneConfig
     from data_loaders.synthetic.scenes import SyntheticScenes
     from evaluation.report import write_report
-    from tracevision_jax.inference.loading import load
 
     print("writing the report", file=sys.stderr)
     large = SceneConfig(height=(480, 480), width=(640, 640), named=(2, 3))
@@ -150,7 +152,7 @@ def _report(
         args.out,
         evaluated,
         held_out,
-        load(model),
+        model,
         seconds=seconds,
         asked_about=SyntheticSource(HELD_OUT_SEED + 1, EXAMPLES_ASKED, asked("dialogue", "which_trace", "what")),
         simplified=SyntheticScenes(HELD_OUT_SEED, 1, large)[0],

@@ -132,9 +132,9 @@ def test_records_too_long_for_every_bucket_are_listed_and_left_out():
     assert "too long for every bucket: 2 records (a[4], a[9])" in plan.describe()
 
 
-def test_a_plan_without_a_usable_record_is_refused_with_sizes():
-    with pytest.raises(UserError, match=r"No record fits any bucket: .*\[100, 1, 1, 1, 1, 1\]"):
-        plan_of(Lengths("a", np.array([[100, 1, 1, 1, 1, 1]])))
+def test_a_source_without_a_usable_record_is_refused_with_sizes():
+    with pytest.raises(UserError, match=r"No record of source b fits any bucket: .*\[100, 1, 1, 1, 1, 1\]"):
+        plan_of(lengths(30), Lengths("b", np.array([[100, 1, 1, 1, 1, 1]])))
     with pytest.raises(UserError, match="no records"):
         plan_of(Lengths("a", np.zeros((0, 6), int)))
 

@@ -154,7 +154,7 @@ class RoteModel:
         self.asked.append(conversation)
         return conversation
 
-    def _generate(self, pieces: list[Conversation], *, max_new_tokens: int) -> list[Answer]:
+    def _generate(self, pieces: list[Conversation], *, max_new_tokens: int, rows: int) -> list[Answer]:
         parts = (self.text, Trajectory(np.array([[0.2, 0.3], [0.7, 0.6]])))
         return [
             Answer((), parts if piece.task == "joint_caption_trace" else parts[:1], (), "end", "") for piece in pieces

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 from tests.parallel.small_tracevision import BUCKET, small_system
-from tracevision_jax.ops.attention import attention
+from tracevision_jax.ops.attention import attention, attention_mesh
 from tracevision_jax.parallel.ahead_of_time import kept_for_backward
-from tracevision_jax.parallel.flops import forward_flops, part_of, training_flops
+from tracevision_jax.parallel.flops import forward_flops, part_of, products, training_flops
 from tracevision_jax.systems.tracevision import TraceVision, tracevision_config
 from tracevision_jax.training.ahead_of_time import parts_of, with_remat
 from tracevision_jax.training.parameters import merge, split
 from tracevision_jax.training.step import total_loss
+from tracevision_jax.vision.config import QwenVisionConfig
+from tracevision_jax.vision.qwen_vit import VisionTower
 
 F32 = jnp.float32
 
@@ -98,6 +100,23 @@ def test_causal_attention_of_a_language_model_is_halved_in_the_model_flops():
     square = 2 * (2 * 2 * 4 * 16 * 16 * 8)
     assert (found.model_full_square, found.causal, found.model) == (square, square, square / 2)
     assert dict(found.parts) == {"language": square}
+
+
+def attention_flops(windows: int) -> dict[str, int]:
+    """FLOPs of attention in a small tower on one frame of so many windows, by kind of block."""
+    config = QwenVisionConfig(32, width=32, heads=4, mlp_width=64, groups=2, window_blocks=3, patch=4)
+    tower = VisionTower(config)
+    given = shape(1, 1, windows, config.slots, config.patch_dim), jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
+    params = jax.eval_shape(tower.init, jax.random.key(0), *given)
+    with attention_mesh(None, platform="cpu"):
+        found = [product for product in products(jax.make_jaxpr(tower.apply)(params, *given)) if "bk" in product.place]
+    return {kind: sum(p.flops for p in found if f"/{kind}/attn" in p.place) for kind in ("window", "full")}
+
+
+@pytest.mark.parametrize("windows", [1, 4, 16])
+def test_window_attention_costs_what_its_windows_cost_and_not_the_full_square(windows):
+    one_window = 2 * (2 * 32 * 64 * 64)  # two products of 64 x 64 tokens over all channels
+    assert attention_flops(windows) == {"window": 6 * windows * one_window, "full": 2 * windows**2 * one_window}
 
 
 def test_parts_are_whole_words():

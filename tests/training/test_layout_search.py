@@ -9,7 +9,7 @@ from tests.parallel.small_tracevision import small_system
 from tracevision_jax.errors import UserError
 from tracevision_jax.hosts.qwen25vl import preset
 from tracevision_jax.parallel.mesh import MeshConfig
-from tracevision_jax.training.ahead_of_time import fitting_mesh, meshes, why_not, with_remat
+from tracevision_jax.training.ahead_of_time import fitting_mesh, meshes, usual_mesh, why_not, with_remat
 from tracevision_jax.training.layout_search import candidates, known, search
 
 
@@ -58,6 +58,11 @@ def test_a_mesh_that_does_not_fit_is_answered_with_the_nearest_that_does(shapes,
     assert "The nearest mesh that fits 8 chips" in str(found.value) and nearest in str(found.value)
 
 
+@pytest.mark.parametrize(("rows", "mesh"), [(8, (2, 4, 1, 1)), (2, (1, 2, 4, 1)), (3, (1, 1, 8, 1))])
+def test_the_usual_mesh_cuts_parameters_into_whole_tiles_and_leaves_no_chip_out(shapes, rows, mesh):
+    assert usual_mesh(rows, 8, 1, shapes).sizes == mesh  # 32 channels are four tiles of eight
+
+
 def test_where_no_mesh_fits_other_rows_are_named(shapes):
     with pytest.raises(UserError, match="No mesh of 64 chips fits 3 rows"):
         fitting_mesh(MeshConfig(data=1, fsdp=64), 64, 3, 1, shapes)
@@ -69,6 +74,9 @@ def test_candidates_fit_and_come_smallest_first(shapes):
     assert all(why_not(c.mesh, c.rows, 1, shapes) is None for c in found)
     # Half a row a chip needs two chips a row.
     assert {c.mesh["tensor"] for c in found if c.rows == 4} == {2}
+    assert {c.mesh["data"] for c in found} == {1}
+    both = candidates(8, 1, shapes, (2.0,), ("full",), (1,), copies=(1, 2))
+    assert [(c.mesh["data"], c.mesh["fsdp"]) for c in both] == [(1, 8), (2, 4)]
     with pytest.raises(UserError, match="No layout of 8 chips fits"):
         candidates(8, 1, shapes, (0.1,), ("full",), (1,))
 

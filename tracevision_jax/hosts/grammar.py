@@ -36,6 +36,8 @@ NEVER = np.int32(1 << 30)
 """A threshold that no token's value reaches, and the distance of a state that cannot be left."""
 DIGITS = 3
 """Most digits of a written coordinate."""
+PREFIX_STEP = 32
+"""Forced beginnings are padded to multiples of so many tokens to be checked, one program each."""
 
 
 @jax.tree_util.register_dataclass
@@ -111,16 +113,32 @@ def advance(grammar: Grammar, state: GrammarState, tokens: Int[Array, "batch"]) 
 
 def check_prefix(grammar: Grammar, tokens: Sequence[int], budget: int) -> None:
     """Raise UserError unless an answer of at most `budget` tokens may begin with these."""
-    state = grammar.start(1)
-    for index, token in enumerate(tokens):
-        if not 0 <= token < len(grammar.token_class):
-            raise UserError(f"forced token {index + 1} ({token}) is not in the vocabulary")
-        if not bool(allowed_tokens(grammar, state, jnp.array([budget - index]))[0, token]):
-            raise UserError(
-                f"an answer of at most {budget} tokens cannot begin with {list(tokens)}: token {index + 1} "
-                f"({token}) is not allowed there, or too few are left to close what it opens"
-            )
-        state = advance(grammar, state, jnp.array([token]))
+    unknown = [index for index, token in enumerate(tokens) if not 0 <= token < len(grammar.token_class)]
+    if unknown:
+        raise UserError(f"forced token {unknown[0] + 1} ({tokens[unknown[0]]}) is not in the vocabulary")
+    padded = np.zeros(-(-len(tokens) // PREFIX_STEP) * PREFIX_STEP, np.int32)
+    padded[: len(tokens)] = tokens
+    allowed = np.asarray(_allowed_in_turn(grammar, padded, budget))[: len(tokens)]
+    if not allowed.all():
+        index = int(allowed.argmin())
+        raise UserError(
+            f"an answer of at most {budget} tokens cannot begin with {list(tokens)}: token {index + 1} "
+            f"({tokens[index]}) is not allowed there, or too few are left to close what it opens"
+        )
+
+
+@jax.jit
+def _allowed_in_turn(
+    grammar: Grammar, tokens: Int[Array, "tokens"], budget: Int[Array, ""] | int
+) -> Bool[Array, "tokens"]:
+    """Whether each token may come after those before it; meaningless after the first that may not."""
+
+    def step(carry: tuple[GrammarState, Array], token: Array) -> tuple[tuple[GrammarState, Array], Array]:
+        state, remaining = carry
+        allowed = allowed_tokens(grammar, state, remaining)[0, token]
+        return (advance(grammar, state, token[None]), remaining - 1), allowed
+
+    return jax.lax.scan(step, (grammar.start(1), jnp.full(1, budget, jnp.int32)), tokens)[1]
 
 
 # Building

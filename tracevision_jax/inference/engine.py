@@ -110,8 +110,9 @@ class Engine:
                 f"{vocabulary.size} with the added ones, the model has {language.first_added} and "
                 f"{language.output_size}."
             )
-        # Slots serve training on rows of many conversations; here a row holds one.
-        processor = dataclasses.replace(config.processor, slot_tokens=0)
+        # Slots serve training on rows of many conversations; here a row holds one. Nor is anything learned: a history
+        # may be as long as it likes.
+        processor = dataclasses.replace(config.processor, slot_tokens=0, learned_share=1.0)
         self.config = dataclasses.replace(config, processor=processor)
         self.params, self.vocabulary, self.mesh, self.buckets = params, vocabulary, mesh, tuple(buckets)
         grammar = answer_grammar(vocabulary, processor.max_points) if grammar is None else grammar

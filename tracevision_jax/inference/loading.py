@@ -11,7 +11,7 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tracevision_jax.errors import UserError
 from tracevision_jax.inference.tracevision import TraceVisionInference
 from tracevision_jax.parallel.mesh import MeshConfig, make_mesh
 from tracevision_jax.parallel.rules import PARAMETERS, parameter_shardings
+from tracevision_jax.records.batch import Bucket
 from tracevision_jax.records.vocabulary import Vocabulary, load_vocabulary
 from tracevision_jax.systems.config_json import from_json, to_json
 from tracevision_jax.systems.tracevision import TraceVision, TraceVisionConfig, tracevision_config
@@ -55,13 +56,20 @@ class Checkpoint:
     """The recipe that it was trained by, as JSON values, where the directory says it."""
 
 
-def load(path: str | Path, *, mesh: Mesh | MeshConfig | None = None, dtype: str | None = None) -> TraceVisionInference:
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | MeshConfig | None = None,
+    dtype: str | None = None,
+    buckets: Sequence[Bucket] = (),
+) -> TraceVisionInference:
     """Load a model once, to ask it many times.
 
     Args:
         path: a model directory, the folder of a run, or a Qwen2.5-VL (Hugging Face's files, or converted).
         mesh: devices to spread the model and batches over; the first device by default.
         dtype: "float32", "bfloat16" or "float16" for parameters and arithmetic; as the directory says by default.
+        buckets: sizes that prompts are padded to where they fit, smallest first: one program each, see `Engine`.
 
     Raises:
         UserError: no such directory, or one that is incomplete, damaged or of another system.
@@ -73,7 +81,9 @@ def load(path: str | Path, *, mesh: Mesh | MeshConfig | None = None, dtype: str 
             "predicted trajectories and masks mean nothing before training (tracevision train ... --init-from).",
             stacklevel=2,
         )
-    return TraceVisionInference(checkpoint.system, checkpoint.params, checkpoint.vocabulary, mesh=checkpoint.mesh)
+    return TraceVisionInference(
+        checkpoint.system, checkpoint.params, checkpoint.vocabulary, mesh=checkpoint.mesh, buckets=buckets
+    )
 
 
 def save(

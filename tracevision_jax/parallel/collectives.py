@@ -46,6 +46,8 @@ class Collective:
     known: bool
     """Whether all of them are known; else it is counted once."""
     origin: str
+    arrays: tuple[str, ...] = ()
+    """Kind and sizes of the results, such as "f32[8,128]"; the compiler joins what may run together."""
 
     @property
     def sent_bytes(self) -> float:
@@ -83,8 +85,9 @@ def _collective(step: Step, mesh: Mapping[str, int]) -> Collective | None:
     whole = _whole_bytes(instruction, kind, size, step)
     if kind == "all-reduce" and step.fused and "all-reduce-scatter" in step.computation.name:
         kind = "reduce-scatter"  # TPU writes it as a fusion of a sum and the slice that a chip keeps
+    arrays = tuple(f"{shape.kind}[{','.join(map(str, shape.dims))}]" for shape in instruction.shapes)
     return Collective(
-        kind, _axes(groups, mesh), size if groups.size else 1, whole, step.times, step.known, instruction.origin
+        kind, _axes(groups, mesh), size if groups.size else 1, whole, step.times, step.known, instruction.origin, arrays
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tracevision_jax.errors import UserError
@@ -54,6 +54,7 @@ TVP: tuple[Rule, ...] = (
     (r"tvp/[xy]_bins$", P(None, "fsdp")),
     (r"tvp/.*/o/kernel$", P("tensor", None, "fsdp")),
     (r"tvp/.*/ffn_in/kernel$", P("fsdp", "tensor")),
+    (r"tvp/.*/ffn_in/bias$", P("tensor")),
     (r"tvp/.*/ffn_out/kernel$", P("tensor", "fsdp")),
     (r"tvp/time_bias$", P("tensor")),
     (r"tvp/", P()),
@@ -137,7 +138,7 @@ def partition_specs(shapes: Any, mesh_sizes: Mapping[str, int], rules: Sequence[
     return specs
 
 
-def parameter_shardings(shapes: Any, mesh: Mesh, rules: Sequence[Rule]) -> Any:
+def parameter_shardings(shapes: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> Any:
     """NamedSharding of every parameter; raises UserError as `partition_specs`."""
     specs = partition_specs(shapes, mesh.shape, rules)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))

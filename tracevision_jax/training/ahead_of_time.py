@@ -9,26 +9,28 @@ that does not fit is refused before anything is compiled, with the nearest that 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.layers.basic import REMAT_POLICIES
 from tracevision_jax.parallel.ahead_of_time import Program, kept_for_backward, shard_bytes
 from tracevision_jax.parallel.flops import training_flops
 from tracevision_jax.parallel.mesh import AXES, BATCH_AXES, MeshConfig, batch_sharding, mesh_shape
-from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, partition_specs
+from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, partition_specs, spec_of
 from tracevision_jax.systems.protocol import System
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tracevision_jax.training.parameters import merge, split_for_stage
+from tracevision_jax.training.parameters import flatten, merge, split_for_stage
 from tracevision_jax.training.recipe import TrainRecipe
 from tracevision_jax.training.step import create_state, make_train_step, state_shardings, total_loss
 
 STEPS = 1000
 """Of the learning rate's schedule; it changes no cost."""
+TILE = 8
+"""Rows of the tiles in which TPU keeps arrays."""
 
 
 def with_remat(config: Any, policy: str) -> Any:
@@ -75,6 +77,25 @@ def meshes(devices: int, largest_tensor: int | None = None, largest_context: int
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def usual_mesh(
+    rows: int, devices: int, accumulation: int, shapes: Any, rules: tuple[Rule, ...] = PARAMETERS
+) -> MeshConfig:
+    """The mesh where none is asked for: rows over `fsdp` as far as slices are whole tiles, then over `data`, and the
+    chips that are left over `tensor`.
+
+    TPU gathers slices that are no whole tiles, and scatters sums of them, as sums of whole arrays: twice the bytes.
+    """
+    holders = math.gcd(rows // accumulation, devices)
+    cut = {
+        size
+        for path, leaf in flatten(shapes).items()
+        for size, axes in zip(leaf.shape, spec_of(path, leaf.shape, rules) or (), strict=False)
+        if axes == "fsdp"
+    }
+    fsdp = max((n for n in _divisors(holders) if not any(size % (n * TILE) for size in cut)), default=holders)
+    return MeshConfig(data=holders // fsdp, fsdp=fsdp, tensor=devices // holders)
 
 
 def nearest_mesh(
@@ -133,54 +154,77 @@ def training_program(
     rules: tuple[Rule, ...] = PARAMETERS,
 ) -> Program:
     """The step on batches of `rows` rows of a bucket, on a mesh that fits (`fitting_mesh`)."""
-    optimizer = make_optimizer(recipe.optimizer, STEPS)
-    shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
-    places = parameter_shardings(shapes, mesh, rules)
-    state_shapes, frozen_shapes = jax.eval_shape(
-        lambda params: create_state(system, params, optimizer, recipe.stage, recipe.seed), shapes
-    )
-    trained_places, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
-    layout = state_shardings(state_shapes, trained_places, mesh)
-
-    def placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    state = jax.tree.map(placed, state_shapes, layout)
-    frozen = jax.tree.map(placed, frozen_shapes, frozen_places)
-    batch_shapes = system.batch_spec(bucket, rows)
-    batch = jax.tree.map(lambda leaf: placed(leaf, batch_sharding(mesh)), batch_shapes)
-    step = make_train_step(
-        system,
-        optimizer,
-        learning_rate_schedule(recipe.optimizer, STEPS),
-        accumulation=recipe.accumulation,
-        mesh=mesh,
-        state_shardings=layout,
-    )
-
-    def lower() -> Any:
-        with jax.set_mesh(mesh):
-            return step.lower(state, frozen, batch)
+    lower, (state, frozen, batch) = lowered_step(system, recipe, bucket, rows, mesh, rules)
 
     def loss(trained: Any, given: tuple[Any, Any]) -> jax.Array:
         frozen, batch = given
         sums, weights, _ = system.loss(merge(trained, frozen), system.init_state(), batch, jax.random.key(0))
         return total_loss(system.coefficients, sums, weights)
 
-    given = (frozen_shapes, batch_shapes)
+    trained_shapes, *given = jax.tree.map(_without_place, (state.trained, frozen, batch))
     holders = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")) * recipe.accumulation
     return Program(
         name=f"train on rows of {bucket}",
         lower=lower,
         held={"parameters": (state.trained, frozen), "optimizer": state.optimizer, "batch": batch},
-        flops=training_flops(loss, state_shapes.trained, given, parts_of(shapes)),
-        tokens=jax.eval_shape(lambda batch: batch.filled, batch_shapes).size,
+        flops=training_flops(loss, trained_shapes, given, parts_of(merge(state.trained, frozen))),
+        tokens=jax.eval_shape(lambda batch: batch.filled, given[1]).size,
         rows=rows,
         kept={
             "gradients": shard_bytes(state.trained),
-            "activations": kept_for_backward(loss, state_shapes.trained, given) // holders,
+            "activations": kept_for_backward(loss, trained_shapes, given) // holders,
         },
     )
+
+
+def _without_place(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def placed_state(
+    system: System, recipe: TrainRecipe, shapes: Any, mesh: Mesh | AbstractMesh, rules: tuple[Rule, ...] = PARAMETERS
+) -> tuple[Any, Any]:
+    """(state, frozen parameters) of a stage as shapes with their layouts, from the shapes of all parameters."""
+    optimizer = make_optimizer(recipe.optimizer, STEPS)
+    places = parameter_shardings(shapes, mesh, rules)
+    state, frozen = jax.eval_shape(
+        lambda params: create_state(system, params, optimizer, recipe.stage, recipe.seed), shapes
+    )
+    trained_places, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
+    layout = state_shardings(state, trained_places, mesh)
+    return jax.tree.map(_placed, state, layout), jax.tree.map(_placed, frozen, frozen_places)
+
+
+def lowered_step(
+    system: System,
+    recipe: TrainRecipe,
+    bucket: Any,
+    rows: int,
+    mesh: Mesh,
+    rules: tuple[Rule, ...] = PARAMETERS,
+) -> tuple[Callable[[], Any], tuple[Any, Any, Any]]:
+    """What lowers the step, and its arguments (state, frozen parameters, batch) as shapes with their layouts."""
+    shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
+    state, frozen = placed_state(system, recipe, shapes, mesh, rules)
+    batch = jax.tree.map(lambda leaf: _placed(leaf, batch_sharding(mesh)), system.batch_spec(bucket, rows))
+    step = make_train_step(
+        system,
+        make_optimizer(recipe.optimizer, STEPS),
+        learning_rate_schedule(recipe.optimizer, STEPS),
+        accumulation=recipe.accumulation,
+        mesh=mesh,
+        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+    )
+
+    def lower() -> Any:
+        with jax.set_mesh(mesh):
+            return step.lower(state, frozen, batch)
+
+    return lower, (state, frozen, batch)
 
 
 def parts_of(shapes: Any) -> list[str]:

@@ -40,6 +40,7 @@ def candidates(
     rows_per_chip: Sequence[float],
     remats: Sequence[str],
     tensors: Sequence[int],
+    copies: Sequence[int] = (1,),
 ) -> list[Candidate]:
     """All that fit, the smallest batches and the policies that keep the least first.
 
@@ -50,11 +51,14 @@ def candidates(
         rows_per_chip: of the global batch; below 1 several chips share a row, which tensor parallelism does.
         remats: policies.
         tensors: sizes of the axis `tensor`.
+        copies: sizes of the axis `data`, each with all parameters; `fsdp` takes the chips that are left.
 
     Raises:
         UserError: none fits.
     """
-    shards = [sizes for sizes in meshes(devices, max(tensors)) if sizes["tensor"] in tensors and sizes["data"] == 1]
+    shards = [
+        sizes for sizes in meshes(devices, max(tensors)) if sizes["tensor"] in tensors and sizes["data"] in copies
+    ]
     found = []
     for per_chip in sorted(rows_per_chip):
         rows = round(devices * per_chip)
@@ -62,8 +66,8 @@ def candidates(
         found += [Candidate(rows, remat, sizes) for remat in sorted(remats, key=KEEPS.index) for sizes in fitting]
     if not found:
         raise UserError(
-            f"No layout of {devices} chips fits: rows a chip {list(rows_per_chip)}, tensor {list(tensors)}. More rows "
-            f"or a larger tensor make more layouts possible."
+            f"No layout of {devices} chips fits: rows a chip {list(rows_per_chip)}, tensor {list(tensors)}, data "
+            f"{list(copies)}. More rows or a larger tensor make more layouts possible."
         )
     return found
 

@@ -17,7 +17,7 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 from tracevision_jax.layers.sharding import activation_sharding
@@ -187,7 +187,7 @@ def _gradient(
     return gradient, jax.tree.map(jnp.sum, sums), weights, system_state
 
 
-def state_shardings(shapes: TrainState, trained: Any, mesh: Mesh) -> TrainState:
+def state_shardings(shapes: TrainState, trained: Any, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shardings of a whole state: a moment lies as its parameter does, all else is replicated.
 
     Args:

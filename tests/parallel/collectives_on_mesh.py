@@ -1,0 +1,43 @@
+"""Run in a process of eight virtual devices: the collectives of a compiled TraceVision step on a given mesh.
+
+Prints one JSON line: {"parameters": {path: [shape, axes]}, "collectives": [collective, ...]}.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+
+from tests.parallel.small_tracevision import small_system
+from tracevision_jax.parallel.collectives import collectives
+from tracevision_jax.parallel.hlo import parse
+from tracevision_jax.parallel.mesh import MeshConfig, make_mesh
+from tracevision_jax.parallel.rules import PARAMETERS, spec_of
+from tracevision_jax.records.batch import Bucket
+from tracevision_jax.training.ahead_of_time import lowered_step
+from tracevision_jax.training.parameters import flatten
+from tracevision_jax.training.recipe import TrainRecipe
+
+BUCKET = Bucket(tokens=48, frames=2, windows=3, conversations=2, points=4, masks=3)
+ROWS = 8
+
+
+def main(sizes: dict[str, int]) -> None:
+    """Compile everything trained, blocks rematerialised as at production size."""
+    system = small_system()
+    host = system.config.host.with_precision("float32", "float32", "full")
+    system = dataclasses.replace(system, config=dataclasses.replace(system.config, host=host))
+    recipe = TrainRecipe("small", stage="stage1_5", buckets=(BUCKET,))
+    shapes = flatten(jax.eval_shape(system.init, jax.random.key(0)))
+    parameters = {
+        path: (leaf.shape, tuple(spec_of(path, leaf.shape, PARAMETERS) or ())) for path, leaf in shapes.items()
+    }
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
+    lower, _ = lowered_step(system, recipe, BUCKET, ROWS, mesh)
+    uses = collectives(parse(lower().compile().as_text()), dict(mesh.shape))
+    print(json.dumps({"parameters": parameters, "collectives": [dataclasses.asdict(use) for use in uses]}))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
