@@ -23,10 +23,20 @@ from tracevision_jax.vision.sam_config import HieraConfig
 
 HELD_OUT_SEED = 1_000_003
 SIDE_PX, FRAMES, OBJECTS = 96, 8, 2
-CLIPS, STEPS = 4, 2200
+CLIPS, STEPS = 4, 1900
 WIDTH = 64
 
-VIDEOS = VideoConfig(height=SIDE_PX, width=SIDE_PX, frames=FRAMES, diameter=(0.36, 0.52))
+VIDEOS = VideoConfig(
+    height=SIDE_PX,
+    width=SIDE_PX,
+    frames=FRAMES,
+    objects=(2, 2),
+    alike=(0, 1),
+    diameter=(0.38, 0.52),
+    speed=(0.01, 0.045),
+    leaving=0.2,
+    textured=0.2,
+)
 
 MODEL = SegmentAnythingConfig(
     HieraConfig(
@@ -40,7 +50,7 @@ MODEL = SegmentAnythingConfig(
     ),
     HeadsConfig(
         PromptEncoderConfig(width=WIDTH, image_size=SIDE_PX),
-        MaskDecoderConfig(width=WIDTH, heads=4, mlp_width=128, iou_hidden=64, min_points=1),
+        MaskDecoderConfig(width=WIDTH, heads=4, mlp_width=128, iou_hidden=64, min_points=1, dynamic_multimask=False),
         MemoryConfig(
             width=WIDTH,
             memory_width=32,
@@ -64,15 +74,15 @@ DEMO = register(
     TrainRecipe(
         name="sam2_demo",
         system="sam2",
-        model=Sam2Training(MODEL, PromptingConfig(points=0.2, clicks=1, loss_stride=2, remat=False)),
+        model=Sam2Training(MODEL, PromptingConfig(points=0.1, clicks=1, loss_stride=2, told=0.5, remat=False)),
         stage="all",
         data=DataConfig(sources=(_videos(0, CLIPS * STEPS),), workers=0, prefetch=4),
         buckets=(ClipBucket(FRAMES, OBJECTS, SIDE_PX),),
         rows=(CLIPS,),
         steps=STEPS,
-        optimizer=OptimizerConfig(method="muon", learning_rate=0.003, warmup=0.05, final_share=0.03, beta2=0.98),
+        optimizer=OptimizerConfig(method="muon", learning_rate=0.004, warmup=0.05, final_share=0.03, beta2=0.98),
         checkpoint=CheckpointConfig(every=0, keep=1),
-        evaluation=EvaluationConfig(every=550, samples=64, pictures=0, sources=(_videos(HELD_OUT_SEED, 64),)),
+        evaluation=EvaluationConfig(every=STEPS, samples=64, pictures=0, sources=(_videos(HELD_OUT_SEED, 64),)),
         log_every=10,
     )
 )

@@ -35,6 +35,12 @@ def programs(prompting: PromptingConfig = PROMPTING):
     return system, params, jax.jit(jax.value_and_grad(objective, has_aux=True))
 
 
+@functools.cache
+def costs(points: float, told: float = 0.0):
+    """Compiled: the loss of clips prompted by points or by masks alone, without clicks."""
+    return jax.jit(tiny_sam2(dataclasses.replace(PROMPTING, points=points, clicks=0, told=told)).loss)
+
+
 def scoring(params, bias: float):
     """Parameters by which every object seems there, or absent."""
     name = "mask_decoder/pred_obj_score_head/proj_out/bias"
@@ -145,14 +151,39 @@ def test_first_prompts_are_boxes_or_clicks_on_the_object():
 
 
 def test_a_mask_that_the_user_gives_teaches_nothing_on_its_own_frame():
-    """A clip of one frame by masks has no loss; the same by points has."""
-    sums = {}
-    for points in (0.0, 1.0):
-        system = tiny_sam2(dataclasses.replace(PROMPTING, points=points, clicks=0))
-        one = jax.tree.map(lambda x: x, clip_batch(frames=1))
-        sums[points], _, _ = jax.jit(system.loss)(programs()[1], (), one, jax.random.key(0))
+    """A clip whose first frame alone is real has no loss by masks; the same by points has."""
+    batch = clip_batch()
+    real = batch.real & (np.arange(FRAMES) == 0)
+    one = dataclasses.replace(batch, real=real)
+    sums = {points: costs(points)(programs()[1], (), one, jax.random.key(0))[0] for points in (0.0, 1.0)}
     assert all(float(value) == 0 for value in sums[0.0].values())
     assert all(float(sums[1.0][name]) > 0 for name in COEFFICIENTS)
+
+
+def test_the_true_masks_of_a_clip_are_remembered_where_they_are_told():
+    """With other truths on frame 1 the later frames cost the same, unless those truths are remembered."""
+    params = scoring(programs()[1], 3.0)
+
+    batch = clip_batch()
+    other = batch.masks.copy()
+    other[:, :, 1] = other[:, :, 1, ::-1]
+    short = batch.real.copy()
+    short[:, :, 2:] = False
+
+    def costs_of_another_truth(told: float) -> list[float]:
+        """How much the Dice loss changes of frame 1 alone, and of all frames."""
+
+        def dice(masks, real) -> float:
+            changed = dataclasses.replace(batch, masks=masks, real=real)
+            return float(costs(0.0, told)(params, (), changed, jax.random.key(0))[0]["dice"])
+
+        return [dice(other, real) - dice(batch.masks, real) for real in (short, batch.real)]
+
+    alone, whole = costs_of_another_truth(0.0)
+    assert abs(whole - alone) < 1e-4 * abs(alone)
+    told_alone, told_whole = costs_of_another_truth(1.0)
+    assert abs(told_alone - alone) < 1e-4 * abs(alone)
+    assert abs(told_whole - alone) > 1e-2 * abs(alone)
 
 
 def test_tracking_starts_from_the_given_masks_and_forgetting_changes_the_rest():

@@ -21,7 +21,7 @@ from tracevision_jax.segmentation.sam_config import MemoryConfig
 
 NORM_EPS = 1e-6
 MASK_GAIN = 3.0
-"""Of the masks that are added to features, where it is drawn: what tells objects apart starts as loud as the picture."""
+"""Of the masks added to features, where it is drawn: what tells objects apart starts as loud as the picture."""
 LAYER_SCALE = 1e-6
 """Of the fuser's blocks when they start."""
 

@@ -34,6 +34,7 @@ from tracevision_jax.segmentation.clicks import click_on_error, unsteady_box
 from tracevision_jax.segmentation.clip_losses import COEFFICIENTS, overlap, prompt_losses
 from tracevision_jax.segmentation.mask_decoder import several_wanted
 from tracevision_jax.segmentation.memory_bank import MemoryBank, insert, read
+from tracevision_jax.segmentation.object_pointer import outputs_of_mask
 from tracevision_jax.segmentation.prompt_encoder import ABSENT, BOTTOM_RIGHT, NOT_A_POINT, TOP_LEFT
 from tracevision_jax.systems.protocol import Params, Scalars, State
 from tracevision_jax.vision.sam_preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -58,11 +59,14 @@ class PromptingConfig:
     """Chance that a correcting click is drawn from the whole object, not from the error."""
     loss_stride: int = 1
     """Pixels of the picture along a pixel at which masks are compared with the truth."""
+    told: float = 0.0
+    """Chance that a clip's true masks are remembered, not those that were found: a model that starts from nothing
+    learns from memories worth reading."""
     remat: bool = True
     """Whether the backward pass computes each frame's heads again instead of keeping all of them."""
 
     def __post_init__(self) -> None:
-        chances = {"points": self.points, "boxes": self.boxes, "blind": self.blind}
+        chances = {"points": self.points, "boxes": self.boxes, "blind": self.blind, "told": self.told}
         wrong = [f"{name} {value}" for name, value in chances.items() if not 0 <= value <= 1]
         if wrong or min(self.corrected_frames, self.loss_stride) < 1 or self.clicks < 0:
             raise UserError(
@@ -80,6 +84,8 @@ class Prompting(NamedTuple):
     """Among those by points."""
     corrected: Bool[Array, "time"]
     """Frames on which the clips prompted by points are corrected."""
+    told: Bool[Array, "videos"]
+    """Clips of which the true masks are remembered."""
 
 
 class Outcome(NamedTuple):
@@ -112,11 +118,12 @@ def shrunk(masks: Bool[Array, "*lead height width"], stride: int) -> Float[Array
 
 def draw_prompting(key: PRNGKeyArray, videos: int, frames: int, config: PromptingConfig) -> Prompting:
     """Draw how each clip is prompted, and which frames are corrected: frame 0, and up to some later ones."""
-    kind, box, number, order = jax.random.split(key, 4)
+    kind, box, number, order, telling = jax.random.split(key, 5)
     by_points = jax.random.bernoulli(kind, config.points, (videos,))
     later = jax.random.randint(number, (), 0, min(config.corrected_frames, frames))
     place = jnp.argsort(jnp.argsort(jax.random.uniform(order, (frames,)).at[0].set(-1.0)))
-    return Prompting(by_points, jax.random.bernoulli(box, config.boxes, (videos,)), place <= later)
+    by_boxes = jax.random.bernoulli(box, config.boxes, (videos,))
+    return Prompting(by_points, by_boxes, place <= later, jax.random.bernoulli(telling, config.told, (videos,)))
 
 
 def first_prompts(
@@ -253,6 +260,9 @@ class Sam2:
         by_mask = first & ~prompting.by_points
         taken = jax.lax.cond(first, lambda: self._taken(params, maps, truth), lambda: after.outcome)
         outcome = _choose(by_mask, taken, after.outcome)
+        if self.prompting.told:
+            _, masks, object_logits = outputs_of_mask(truth.astype(jnp.float32))
+            outcome = _choose(prompting.told, outcome._replace(masks=masks, object_logits=object_logits), outcome)
         conditioning = jnp.broadcast_to((first | clicked)[:, None], real.shape)
         banks = self._remembered(params, maps, banks, time, outcome, conditioning)
         scored = jnp.where(by_mask[:, None], 0.0, real)
