@@ -70,7 +70,7 @@ def test_without_libtpu_it_says_what_to_install(capsys):
 @needs_libtpu
 def test_a_step_is_compiled_for_chips_that_are_not_here(capsys, tmp_path):
     file = tmp_path / "report.json"
-    assert main(["compile", "tiny_numbers", "--topology", "v5e:2x2", "--json", str(file)]) == 0
+    assert main(["compile", "tiny_numbers", "--topology", "v5e:2x2", "--mesh.fsdp", "4", "--json", str(file)]) == 0
     said = capsys.readouterr()
     assert "fits" in said.out and "MFU" in said.out and "writes no answers" in said.err
     (outcome,) = json.loads(file.read_text())["outcomes"]
@@ -82,7 +82,7 @@ def test_a_step_is_compiled_for_chips_that_are_not_here(capsys, tmp_path):
 @needs_cuda
 def test_a_step_is_compiled_for_gpus_that_are_not_here(tmp_path):
     file = tmp_path / "report.json"
-    assert main(["compile", "tiny_numbers", "--topology", "a100:2x2", "--json", str(file)]) == 0
+    assert main(["compile", "tiny_numbers", "--topology", "a100:2x2", "--mesh.fsdp", "4", "--json", str(file)]) == 0
     (outcome,) = json.loads(file.read_text())["outcomes"]
     assert outcome["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
     assert outcome["executed_flops"] * 4 >= outcome["model_flops"] and not outcome["uncounted"]
