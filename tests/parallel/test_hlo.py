@@ -226,6 +226,45 @@ ENTRY %main (stack: f32[10,8], at: s32[]) -> f32[10,8] {
     assert moved["stack"] == moved["row"] == 0
 
 
+def test_a_slice_in_a_fusion_inside_a_fusion_counts_as_the_slice():
+    text = """HloModule m
+
+%sliced (stack: f32[10,8], at: s32[]) -> f32[8] {
+  %stack = f32[10,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,8]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,8}
+  ROOT %flat = f32[8]{0} bitcast(%row)
+}
+
+%updated (stack: f32[10,8], row: f32[8], at: s32[]) -> f32[10,8] {
+  %stack = f32[10,8]{1,0} parameter(0)
+  %row = f32[8]{0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %flat = f32[1,8]{1,0} bitcast(%row)
+  ROOT %new = f32[10,8]{1,0} dynamic-update-slice(%stack, %flat, %at, %zero)
+}
+
+%outer (stack: f32[10,8], at: s32[]) -> f32[10,8] {
+  %stack = f32[10,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %one = f32[8]{0} fusion(%stack, %at), kind=kLoop, calls=%sliced
+  %double = f32[8]{0} add(%one, %one)
+  ROOT %out = f32[10,8]{1,0} fusion(%stack, %double, %at), kind=kLoop, calls=%updated
+}
+
+ENTRY %main (stack: f32[10,8], at: s32[]) -> f32[10,8] {
+  %stack = f32[10,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %out = f32[10,8]{1,0} fusion(%stack, %at), kind=kLoop, calls=%outer
+}
+"""
+    module = parse(text)
+    (whole,) = (step for step in executed(module) if step.instruction.name == "out" and not step.fused)
+    assert hbm_bytes(whole, module) == 32 + 4 + 32  # a row of the stack, the place, the row that is written
+
+
 def test_a_prefetch_into_on_chip_memory_reads_once():
     text = """HloModule m
 

@@ -296,9 +296,8 @@ def hbm_bytes(step: Step, module: Module) -> int:
     if instruction.opcode != "fusion":
         return _in_hbm(instruction) - _workspace(instruction) + sum(map(_in_hbm, operands))
     inner = module.computations[instruction.called["calls"]]
-    numbers = {int(p.inside): p for p in inner.instructions.values() if p.opcode == "parameter"}
-    read = sum(min(_in_hbm(operand), _read(inner, numbers[n])) for n, operand in enumerate(operands))
-    return read + min(_in_hbm(instruction), _written(inner, inner.root))
+    read = sum(min(_in_hbm(operand), _read(module, inner, n)) for n, operand in enumerate(operands))
+    return read + min(_in_hbm(instruction), _written(module, inner, inner.root))
 
 
 def _in_hbm(instruction: Instruction) -> int:
@@ -312,27 +311,38 @@ def _workspace(instruction: Instruction) -> int:
     return scratch.bytes if library and scratch.kind in ("s8", "u8") and len(scratch.dims) == 1 else 0
 
 
-def _read(inner: Computation, parameter: Instruction) -> int:
-    """Bytes of a fusion's operand that its uses need."""
+def _read(module: Module, inner: Computation, number: int) -> int:
+    """Bytes of a fusion's operand that its uses need, also those in fusions inside it."""
+    given = (p for p in inner.instructions.values() if p.opcode == "parameter" and int(p.inside) == number)
+    return sum(_needed(module, inner, parameter) for parameter in given)
+
+
+def _needed(module: Module, inner: Computation, value: Instruction) -> int:
     needed = 0
-    for user in inner.users.get(parameter.name, []):
+    for user in inner.users.get(value.name, []):
         if user.opcode == "bitcast":
-            needed += _read(inner, user)
-        elif user.opcode == "dynamic-slice" and user.operands[0] == parameter.name:
+            needed += _needed(module, inner, user)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called["calls"]]
+            needed += sum(_read(module, nested, n) for n, name in enumerate(user.operands) if name == value.name)
+        elif user.opcode == "dynamic-slice" and user.operands[0] == value.name:
             needed += user.bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
             continue
         else:
-            return parameter.bytes
+            return value.bytes
     return needed
 
 
-def _written(inner: Computation, root: Instruction) -> int:
+def _written(module: Module, inner: Computation, root: Instruction) -> int:
     """Bytes that a fusion's result changes."""
     if root.opcode == "tuple":
-        return sum(_written(inner, inner.instructions[name]) for name in root.operands)
+        return sum(_written(module, inner, inner.instructions[name]) for name in root.operands)
     if root.opcode == "bitcast":
-        return _written(inner, inner.instructions[root.operands[0]])
+        return _written(module, inner, inner.instructions[root.operands[0]])
+    if root.opcode == "fusion":
+        nested = module.computations[root.called["calls"]]
+        return _written(module, nested, nested.root)
     if root.opcode == "dynamic-update-slice":
         return inner.instructions[root.operands[1]].bytes
     return root.bytes
