@@ -128,7 +128,7 @@ def _placed_state(state: Any, mesh: Mesh) -> Any:
         return place(leaf, ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ())
 
     def store(leaf: Any) -> jax.ShapeDtypeStruct:
-        return place(leaf, (None, "batch", None, "kv_heads", None))
+        return place(leaf, (None, "batch", "kv_heads", None, None))
 
     by_rows = jax.tree.map(rows, state)
     cache = dataclasses.replace(by_rows.cache, keys=store(state.cache.keys), values=store(state.cache.values))
