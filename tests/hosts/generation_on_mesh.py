@@ -46,7 +46,7 @@ def generate(data: int, tensor: int) -> dict:
         "answers": last.result.answers(),
         "log_probabilities": np.asarray(last.result.log_probabilities).tolist(),
         "cache_rows_on_a_device": shards[0][1],
-        "cache_heads_on_a_device": shards[0][3],
+        "cache_heads_on_a_device": shards[0][2],
         "programs": [inner._cache_size(), generator._decode._cache_size()],
     }
 

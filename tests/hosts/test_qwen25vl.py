@@ -231,4 +231,4 @@ def test_released_sizes_have_their_number_of_parameters(name, parameters):
 def test_the_cache_is_a_pytree_of_fixed_shapes():
     cache = init_cache(pair("tiny").config.language, 2, 9, "bfloat16")
     assert isinstance(jax.tree.map(jnp.shape, cache), KVCache)
-    assert cache.keys.shape == (3, 2, 9, 2, 16) and cache.keys.dtype == jnp.bfloat16
+    assert cache.keys.shape == (3, 2, 2, 9, 16) and cache.keys.dtype == jnp.bfloat16

@@ -1,10 +1,13 @@
 """The programs that answer, ready to be compiled: they are there, hold what they should, and cost what can be known."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from tests.parallel.small_tracevision import BUCKET, small_system
 from tracevision_jax.inference.ahead_of_time import answer_mesh, answer_programs
+from tracevision_jax.ops.attention import IMPLEMENTATIONS
 from tracevision_jax.parallel.ahead_of_time import measure
 from tracevision_jax.parallel.mesh import MeshConfig, make_mesh
 from tracevision_jax.parallel.topologies import topology
@@ -42,6 +45,29 @@ def test_a_token_costs_one_turn_of_the_loop(programs):
     cache = 64  # places: 32 + 16, up to a whole step of the cache's size
     attention = c.layers * 2 * c.heads * c.head_dim * cache
     assert found["decode"].flops.model_full_square == 2 * ROWS * (matrices + attention)
+
+
+def test_causal_attention_is_halved_in_a_prompt_and_not_for_a_token(programs):
+    _, found = programs
+    assert found["prefill"].flops.causal > 0 and found["decode"].flops.causal == 0
+    assert set(found["prefill"].flops.parts) == set(found["decode"].flops.parts) == {"language"}
+
+
+@pytest.mark.parametrize("name", ["encode", "prefill", "decode"])
+def test_a_program_is_traced_anew_for_the_chips_it_is_for(programs, name, monkeypatch):
+    """Counting traces it for this machine; what is compiled must ask for the kernels of its mesh."""
+    mesh, found = programs
+    meshes = []
+
+    def watched(call, placement):
+        meshes.append(placement.mesh)
+        return "not here"
+
+    first, *others = IMPLEMENTATIONS
+    replaced = (dataclasses.replace(first, why_not=watched), *others)
+    monkeypatch.setattr("tracevision_jax.ops.attention.IMPLEMENTATIONS", replaced)
+    found[name].lower()
+    assert meshes and all(seen is mesh for seen in meshes)
 
 
 def test_decode_compiles_and_holds_parameters_and_cache(programs):

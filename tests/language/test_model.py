@@ -73,10 +73,10 @@ def test_cached_decoding_of_uneven_rows_equals_the_whole_sequence(fresh):
 
 
 def test_writes_past_the_end_of_the_cache_are_dropped():
-    store = jnp.zeros((2, 2, 4, 1, 1))
+    store = jnp.zeros((2, 2, 1, 4, 1))
     rows = jnp.arange(1.0, 7.0).reshape(2, 3, 1, 1)
     written = write_rows(store, jnp.int32(1), rows, jnp.array([0, 2]))
-    np.testing.assert_array_equal(written[1, :, :, 0, 0], [[1, 2, 3, 0], [0, 0, 4, 5]])
+    np.testing.assert_array_equal(written[1, :, 0, :, 0], [[1, 2, 3, 0], [0, 0, 4, 5]])
     assert not written[0].any()
 
 

@@ -15,6 +15,11 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
 )
 
+needs_cuda = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="jax's CUDA plugin is not installed: pip install 'jax[cuda12]'",
+)
+
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
@@ -65,13 +70,22 @@ def test_without_libtpu_it_says_what_to_install(capsys):
 @needs_libtpu
 def test_a_step_is_compiled_for_chips_that_are_not_here(capsys, tmp_path):
     file = tmp_path / "report.json"
-    assert main(["compile", "tiny_numbers", "--topology", "v5e:2x2", "--json", str(file)]) == 0
+    assert main(["compile", "tiny_numbers", "--topology", "v5e:2x2", "--mesh.fsdp", "4", "--json", str(file)]) == 0
     said = capsys.readouterr()
     assert "fits" in said.out and "MFU" in said.out and "writes no answers" in said.err
     (outcome,) = json.loads(file.read_text())["outcomes"]
     assert outcome["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
     assert outcome["executed_flops"] * 4 >= outcome["model_flops"]
     assert outcome["collectives"] and all(line["axes"] == "fsdp" for line in outcome["collectives"])
+
+
+@needs_cuda
+def test_a_step_is_compiled_for_gpus_that_are_not_here(tmp_path):
+    file = tmp_path / "report.json"
+    assert main(["compile", "tiny_numbers", "--topology", "a100:2x2", "--mesh.fsdp", "4", "--json", str(file)]) == 0
+    (outcome,) = json.loads(file.read_text())["outcomes"]
+    assert outcome["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
+    assert outcome["executed_flops"] * 4 >= outcome["model_flops"] and not outcome["uncounted"]
 
 
 @needs_libtpu

@@ -121,6 +121,29 @@ def test_attention_kernels_are_counted_by_their_shapes(name, origin, products):
 
 
 @pytest.mark.parametrize(
+    ("target", "mask", "products"),
+    [
+        ("__cudnn$fmhaScaleBiasSoftmax", "NO_MASK", 2.0),
+        ("__cudnn$fmhaScaleBiasSoftmaxBackward", "NO_MASK", 5.0),
+        ("__cudnn$fmhaSoftmax", "CAUSAL", 1.0),
+    ],
+)
+def test_attention_by_cudnn_is_counted_by_its_scores_also_where_its_mask_is_larger_than_the_queries(
+    target, mask, products
+):
+    queries, keys, bias = "bf16[1,4096,28,128]", "bf16[1,4096,4,128]", "bf16[1,1,4096,4096]"
+    config = f'{{"intermediate_tensor_shape": {{"dimensions": ["1", "28", "4096", "4096"]}}, "mask_type": "{mask}"}}'
+    text = (
+        f"HloModule m\n\nENTRY %main (q: {queries}, k: {keys}, b: {bias}) -> {queries} {{\n"
+        f"  %q = {queries} parameter(0)\n  %k = {keys} parameter(1)\n  %b = {bias} parameter(2)\n"
+        f'  ROOT %y = {queries} custom-call(%q, %k, %k, %b), custom_call_target="{target}", '
+        f'metadata={{op_name="jit(step)/language/attn"}}, backend_config={config}\n}}\n'
+    )
+    step = next(step for step in executed(parse(text)) if step.instruction.opcode == "custom-call")
+    assert kernel_products(step) == products * 2 * 28 * 4096 * 4096 * 128
+
+
+@pytest.mark.parametrize(
     ("message", "gib"),
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.50G of 15.75G hbm.", 25.5),

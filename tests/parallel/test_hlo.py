@@ -139,6 +139,36 @@ def test_products_in_a_loop_are_multiplied_by_its_trips():
     assert flops == 5 * 2 * 16 * 16 * 16
 
 
+def called(target: str, attributes: str, left: str, right: str, result: str) -> tuple[int, int]:
+    """FLOPs and bytes through HBM of a call of a GPU's library."""
+    text = (
+        f"HloModule m\n\nENTRY %main (x: {left}, k: {right}) -> {result} {{\n  %x = {left} parameter(0)\n"
+        f"  %k = {right} parameter(1)\n  ROOT %y = ({result}, s8[4194304]) custom-call(%x, %k), "
+        f'{attributes}, custom_call_target="{target}"\n}}\n'
+    )
+    module = parse(text)
+    step = next(step for step in executed(module) if step.instruction.opcode == "custom-call")
+    return product_flops(step.instruction, step.computation), hbm_bytes(step, module)
+
+
+def test_products_by_cublas_count_as_products_and_its_scratch_memory_as_no_traffic():
+    numbers = '"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]'
+    config = f'backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{{numbers}}}}}}}'
+    flops, traffic = called("__cublas$lt$matmul", config, "bf16[4,6,8]", "bf16[4,8,10]", "bf16[4,6,10]")
+    assert flops == 2 * 4 * 6 * 8 * 10
+    assert traffic == 2 * 4 * (6 * 8 + 8 * 10 + 6 * 10)
+
+
+def test_gradients_of_a_convolution_by_cudnn_cost_what_the_convolution_costs():
+    window = "window={size=3 pad=1_1}, dim_labels=b0f_o0i->b0f"
+    image, filters, result = "bf16[1,5,2]", "bf16[7,3,2]", "bf16[1,5,7]"
+    forward, _ = called("__cudnn$convForward", window, image, filters, result)
+    assert forward == 2 * (3 * 5 - 2) * 2 * 7
+    assert called("__cudnn$convBackwardInput", window, result, filters, image)[0] == forward
+    assert called("__cudnn$convBackwardFilter", window, image, result, filters)[0] == forward
+    assert called("SomethingElse", window, image, filters, result)[0] == 0
+
+
 def convolved(attributes: str, left: str, right: str, result: str) -> int:
     text = (
         f"HloModule m\n\nENTRY %main (x: {left}, k: {right}) -> {result} {{\n  %x = {left} parameter(0)\n"
@@ -194,6 +224,45 @@ ENTRY %main (stack: f32[10,8], at: s32[]) -> f32[10,8] {
     assert moved["near"] == 32  # its result lies in on-chip memory
     assert moved["out"] == 4 + 32  # the place; the row comes from on-chip memory, one row of the stack is written
     assert moved["stack"] == moved["row"] == 0
+
+
+def test_a_slice_in_a_fusion_inside_a_fusion_counts_as_the_slice():
+    text = """HloModule m
+
+%sliced (stack: f32[10,8], at: s32[]) -> f32[8] {
+  %stack = f32[10,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,8]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,8}
+  ROOT %flat = f32[8]{0} bitcast(%row)
+}
+
+%updated (stack: f32[10,8], row: f32[8], at: s32[]) -> f32[10,8] {
+  %stack = f32[10,8]{1,0} parameter(0)
+  %row = f32[8]{0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %flat = f32[1,8]{1,0} bitcast(%row)
+  ROOT %new = f32[10,8]{1,0} dynamic-update-slice(%stack, %flat, %at, %zero)
+}
+
+%outer (stack: f32[10,8], at: s32[]) -> f32[10,8] {
+  %stack = f32[10,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %one = f32[8]{0} fusion(%stack, %at), kind=kLoop, calls=%sliced
+  %double = f32[8]{0} add(%one, %one)
+  ROOT %out = f32[10,8]{1,0} fusion(%stack, %double, %at), kind=kLoop, calls=%updated
+}
+
+ENTRY %main (stack: f32[10,8], at: s32[]) -> f32[10,8] {
+  %stack = f32[10,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %out = f32[10,8]{1,0} fusion(%stack, %at), kind=kLoop, calls=%outer
+}
+"""
+    module = parse(text)
+    (whole,) = (step for step in executed(module) if step.instruction.name == "out" and not step.fused)
+    assert hbm_bytes(whole, module) == 32 + 4 + 32  # a row of the stack, the place, the row that is written
 
 
 def test_a_prefetch_into_on_chip_memory_reads_once():

@@ -97,6 +97,18 @@ def test_the_network_bounds_what_crosses_slices_or_hosts():
     assert axis_bandwidth(topology("h100:2x2"), gpus, ("fsdp",)) == 50e9
 
 
+def test_every_chip_of_a_group_brings_its_share_of_the_network():
+    two = grid((2, 2, 1), (2, 4, 1, 1), slices=2)
+    wanted = dataclasses.replace(topology("v5p:2x2x1"), slices=2)
+    assert axis_bandwidth(wanted, two, ("data", "fsdp")) == 4 * CHIPS["v5p"].network_bandwidth
+    gpus = grid((2, 8), (1, 16, 1, 1))
+    for chip in gpus.ravel():
+        chip.process_index = chip.coords[0]
+    assert axis_bandwidth(topology("a100:2x8"), gpus, ("fsdp",)) == 8 * 25e9
+    fast = dataclasses.replace(CHIPS["a100"], network_bandwidth=100e9)
+    assert axis_bandwidth(Topology(fast, (2, 8)), gpus, ("fsdp",)) == 300e9  # NVLink bounds it then
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_it_says_what_to_install():
     with pytest.raises(UserError, match=r"libtpu, which is not installed.*pip install 'jax\[tpu\]'"):
@@ -127,7 +139,7 @@ def test_slices_are_parted_by_data_or_else_by_fsdp():
     devices = open_devices(wanted)
     for config, inside in ((MeshConfig(data=2, fsdp=4), ("fsdp",)), (MeshConfig(data=1, fsdp=8), ("tensor",))):
         mesh = arrange(config, devices, slices=2)
-        assert axis_bandwidth(wanted, mesh.devices, ("data", "fsdp")) == wanted.chip.network_bandwidth
+        assert axis_bandwidth(wanted, mesh.devices, ("data", "fsdp")) == 4 * wanted.chip.network_bandwidth
         assert axis_bandwidth(wanted, mesh.devices, inside) == (2 * 50e9 if inside == ("fsdp",) else 50e9)
     with pytest.raises(UserError, match="multiple of 2"):
         arrange(MeshConfig(data=1, fsdp=1, tensor=8), devices, slices=2)

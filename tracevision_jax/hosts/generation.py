@@ -221,7 +221,7 @@ def _constrained(state: DecodeState) -> DecodeState:
         return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
     def split_store(store: jax.Array) -> jax.Array:
-        return constrain(store, None, "batch", None, "kv_heads", None)
+        return constrain(store, None, "batch", "kv_heads", None, None)
 
     cache = state.cache
     return DecodeState(

@@ -4,8 +4,10 @@ They are those of `engine.py` and `hosts/generation.py`, with shapes for argumen
 token a row, so the costs of "decode" are those of one token a row.
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,24 +75,46 @@ def answer_programs(system: TraceVision, bucket: Bucket, rows: int, new_tokens: 
     prefill_step = functools.partial(prefill, network, cache_size, new_tokens)
     decode_step = functools.partial(decode, network)
     prompt = (params["host"]["language"], grammar, embeddings, batch.positions, budgets, budgets)
-    state = _placed_state(jax.eval_shape(prefill_step, *prompt), mesh)
+    state = _placed_state(jax.eval_shape(_fresh(prefill_step), *prompt), mesh)
     answer = (params["host"]["language"], state, grammar, settings, forced, budgets, stop)
 
     def program(
-        name: str, function: Any, given: tuple, held: dict[str, Any], tokens: int, donated: Any = ()
+        name: str, function: Any, given: tuple, held: dict[str, Any], tokens: int, donated: Any = (), part: str = ""
     ) -> Program:
         def lower() -> Any:
             with activation_sharding(mesh, ACTIVATIONS):
-                return jax.jit(function, donate_argnums=donated).lower(*given)
+                return jax.jit(_fresh(function, part), donate_argnums=donated).lower(*given)
 
-        return Program(name, lower, held, forward_flops(function, *given, parts=PARTS), tokens, rows)
+        flops = forward_flops(_fresh(function, part), *given, parts=PARTS)
+        return Program(name, lower, held, flops, tokens, rows)
 
     words = {"parameters": params["host"]["language"]}
     return [
         program("encode", encode_step, (params, batch), {"parameters": params, "batch": batch}, rows * bucket.tokens),
-        program("prefill", prefill_step, prompt, words | {"prompts": embeddings}, rows * bucket.tokens),
-        program("decode, a token a row", decode_step, answer, words | {"cache": state.cache}, rows, 1),
+        program("prefill", prefill_step, prompt, words | {"prompts": embeddings}, rows * bucket.tokens, (), "language"),
+        _sees_all(
+            program("decode, a token a row", decode_step, answer, words | {"cache": state.cache}, rows, 1, "language")
+        ),
     ]
+
+
+def _fresh(function: Callable[..., Any], part: str = "") -> Callable[..., Any]:
+    """The same under another identity, its products named after a part of the model.
+
+    jax keeps what it traced by function and shapes, whatever mesh attention was told of: a program that was counted
+    first would be compiled with the attention of the machine that counted it.
+    """
+
+    def again(*given: Any) -> Any:
+        with jax.named_scope(part) if part else contextlib.nullcontext():
+            return function(*given)
+
+    return again
+
+
+def _sees_all(program: Program) -> Program:
+    """Nothing of a token's attention to the cache is masked as half of a square is."""
+    return dataclasses.replace(program, flops=dataclasses.replace(program.flops, causal=0.0))
 
 
 def _placed_state(state: Any, mesh: Mesh) -> Any:
@@ -104,7 +128,7 @@ def _placed_state(state: Any, mesh: Mesh) -> Any:
         return place(leaf, ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ())
 
     def store(leaf: Any) -> jax.ShapeDtypeStruct:
-        return place(leaf, (None, "batch", None, "kv_heads", None))
+        return place(leaf, (None, "batch", "kv_heads", None, None))
 
     by_rows = jax.tree.map(rows, state)
     cache = dataclasses.replace(by_rows.cache, keys=store(state.cache.keys), values=store(state.cache.values))

@@ -58,9 +58,8 @@ class SelfAttention(nn.Module):
         else:
             keys, values, lengths = store
             rows = lengths[:, None] + jnp.arange(x.shape[1])
-            mixed = attention(
-                q, keys[layer].astype(q.dtype), values[layer].astype(q.dtype), causal=True, q_positions=rows
-            )
+            past = (array[layer].swapaxes(1, 2).astype(q.dtype) for array in (keys, values))
+            mixed = attention(q, *past, causal=True, q_positions=rows)
         mixed = constrain(mixed, "batch", "tokens", "heads", None)
         return projection("o", c.width, axis=(-2, -1), bias=False, **options)(mixed), store
 

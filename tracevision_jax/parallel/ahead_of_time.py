@@ -34,7 +34,9 @@ KERNELS: tuple[tuple[str, int], ...] = (
 )
 """Attention kernels by what their names hold, and how many products of queries x keys x channels each computes; those
 of the backward passes compute the scores again."""
-KERNEL_TARGETS = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn[^"]*)"')
+KERNEL_TARGETS = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha[^"]*)"')
+_SCORES = re.compile(r'"intermediate_tensor_shape":[^\]]*"dimensions":\s*\[([^\]]*)\]')
+"""Of cuDNN's attention: rows, heads, queries, keys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ def measure(program: Program, topology: Topology, mesh: Mesh) -> Outcome:
     }
     capacity = topology.chip.hbm_bytes
     try:
-        compiled = program.lower().compile()
+        compiled = program.lower().compile(compiler_options=dict(topology.chip.compiler_options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -222,12 +224,17 @@ def kernel_name(step: Step) -> str | None:
 def kernel_products(step: Step) -> float | None:
     """FLOPs of one run of an attention kernel, channels padded as it has them; None for an unknown one.
 
-    Causal attention, that of language models, leaves the blocks above the diagonal out.
+    Causal attention, that of language models, leaves the blocks above the diagonal out; cuDNN does so only where it is
+    told, and not where packed rows go in as a mask.
     """
     name = kernel_name(step)
     if name is None:
         return None
     operands = [step.computation.instructions[operand] for operand in step.instruction.operands]
+    if scores := _SCORES.search(step.instruction.attributes):
+        pairs = math.prod(map(int, re.findall(r"\d+", scores.group(1)))) * operands[0].shapes[0].dims[-1]
+        causal = re.search(r'"mask_type":\s*"CAUSAL"', step.instruction.attributes)
+        return dict(KERNELS)[name] * 2.0 * pairs * (0.5 if causal else 1.0)
     arrays = [shape.dims for operand in operands for shape in operand.shapes if len(shape.dims) >= 3]
     arrays = [dims for dims in arrays if dims[-1] > 1 and dims[-2] > 1]
     if not arrays:

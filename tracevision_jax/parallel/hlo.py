@@ -24,6 +24,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NAMES = re.compile(r"%([\w.\-]+)")
+_LIBRARY = re.compile(r'custom_call_target="__(?:(cublas)|cudnn\$conv(Forward|BackwardInput|BackwardFilter))')
 _DEFINES = re.compile(r"\s+(ROOT )?%?[\w.\-]+ = ")
 
 
@@ -220,25 +221,36 @@ def executed(module: Module) -> Iterator[Step]:
 
 
 def product_flops(instruction: Instruction, computation: Computation) -> int:
-    """2 x multiplications of a dot or convolution (taps that fall on padding left out); 0 for all else."""
-    if instruction.opcode not in ("dot", "convolution"):
+    """2 x multiplications of a dot or convolution (taps that fall on padding left out), calls of cuBLAS and cuDNN
+    included; 0 for all else."""
+    attributes, opcode = instruction.attributes, instruction.opcode
+    if opcode not in ("dot", "convolution", "custom-call"):
+        return 0
+    target = _LIBRARY.search(attributes) if opcode == "custom-call" else None
+    if opcode == "custom-call" and target is None:
         return 0
     left, right = (computation.instructions[name].shapes[0].dims for name in instruction.operands[:2])
     result = instruction.shapes[0].dims
-    if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        axes = [int(axis) for axis in contracted.group(1).split(",") if axis] if contracted else []
+    if opcode == "dot" or (target and target.group(1) == "cublas"):
+        contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', attributes)
+        axes = [int(axis) for axis in re.findall(r"\d+", contracted.group(1))] if contracted else []
         return 2 * math.prod(result) * math.prod(left[axis] for axis in axes)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    # Gradients by cuDNN keep the labels and the window of the forward pass; what they give has changed places with what
+    # they take.
+    if target and target.group(2) == "BackwardInput":
+        left, result = result, left
+    elif target and target.group(2) == "BackwardFilter":
+        right, result = result, right
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert labels is not None
     lhs, rhs, out = labels.groups()
-    window = _window(instruction.attributes)
+    window = _window(attributes)
     taps = 1
     for number in range(len(lhs) - 2):
         label = str(number)
         option = {key: values[number] for key, values in window.items()}
         taps *= _taps(left[lhs.index(label)], right[rhs.index(label)], result[out.index(label)], option)
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    groups = re.search(r"batch_group_count=(\d+)", attributes)
     batch = left[lhs.index("b")] // (int(groups.group(1)) if groups else 1)
     return 2 * taps * batch * right[rhs.index("i")] * right[rhs.index("o")]
 
@@ -282,38 +294,55 @@ def hbm_bytes(step: Step, module: Module) -> int:
         return 2 * _in_hbm(computation.instructions[instruction.operands[1]])
     operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]
     if instruction.opcode != "fusion":
-        return _in_hbm(instruction) + sum(map(_in_hbm, operands))
+        return _in_hbm(instruction) - _workspace(instruction) + sum(map(_in_hbm, operands))
     inner = module.computations[instruction.called["calls"]]
-    numbers = {int(p.inside): p for p in inner.instructions.values() if p.opcode == "parameter"}
-    read = sum(min(_in_hbm(operand), _read(inner, numbers[n])) for n, operand in enumerate(operands))
-    return read + min(_in_hbm(instruction), _written(inner, inner.root))
+    read = sum(min(_in_hbm(operand), _read(module, inner, n)) for n, operand in enumerate(operands))
+    return read + min(_in_hbm(instruction), _written(module, inner, inner.root))
 
 
 def _in_hbm(instruction: Instruction) -> int:
     return sum(shape.bytes for shape in instruction.shapes if shape.space == 0)
 
 
-def _read(inner: Computation, parameter: Instruction) -> int:
-    """Bytes of a fusion's operand that its uses need."""
+def _workspace(instruction: Instruction) -> int:
+    """Bytes that a library on GPU may use or not: the last result of its calls."""
+    scratch = instruction.shapes[-1]
+    library = instruction.opcode == "custom-call" and 'custom_call_target="__cu' in instruction.attributes
+    return scratch.bytes if library and scratch.kind in ("s8", "u8") and len(scratch.dims) == 1 else 0
+
+
+def _read(module: Module, inner: Computation, number: int) -> int:
+    """Bytes of a fusion's operand that its uses need, also those in fusions inside it."""
+    given = (p for p in inner.instructions.values() if p.opcode == "parameter" and int(p.inside) == number)
+    return sum(_needed(module, inner, parameter) for parameter in given)
+
+
+def _needed(module: Module, inner: Computation, value: Instruction) -> int:
     needed = 0
-    for user in inner.users.get(parameter.name, []):
+    for user in inner.users.get(value.name, []):
         if user.opcode == "bitcast":
-            needed += _read(inner, user)
-        elif user.opcode == "dynamic-slice" and user.operands[0] == parameter.name:
+            needed += _needed(module, inner, user)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called["calls"]]
+            needed += sum(_read(module, nested, n) for n, name in enumerate(user.operands) if name == value.name)
+        elif user.opcode == "dynamic-slice" and user.operands[0] == value.name:
             needed += user.bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
             continue
         else:
-            return parameter.bytes
+            return value.bytes
     return needed
 
 
-def _written(inner: Computation, root: Instruction) -> int:
+def _written(module: Module, inner: Computation, root: Instruction) -> int:
     """Bytes that a fusion's result changes."""
     if root.opcode == "tuple":
-        return sum(_written(inner, inner.instructions[name]) for name in root.operands)
+        return sum(_written(module, inner, inner.instructions[name]) for name in root.operands)
     if root.opcode == "bitcast":
-        return _written(inner, inner.instructions[root.operands[0]])
+        return _written(module, inner, inner.instructions[root.operands[0]])
+    if root.opcode == "fusion":
+        nested = module.computations[root.called["calls"]]
+        return _written(module, nested, nested.root)
     if root.opcode == "dynamic-update-slice":
         return inner.instructions[root.operands[1]].bytes
     return root.bytes

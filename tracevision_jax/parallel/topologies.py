@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -48,6 +48,11 @@ class Chip:
     """What jax must be told besides the name."""
     target: str = ""
     """Description of a GPU for XLA (GpuTargetConfigProto as text)."""
+
+    @property
+    def compiler_options(self) -> Mapping[str, bool]:
+        """What XLA must be told to compile without the chip: Triton's products are tuned by running them."""
+        return {"xla_gpu_enable_triton_gemm": False} if self.platform == "cuda" else {}
 
 
 def _gpu_target(name: str, major: int, cores: int, fpus: int, shared: int, l2_mib: int, ghz: float, chip: str) -> str:
@@ -242,17 +247,22 @@ def arrange(config: MeshConfig, devices: Sequence[Any], slices: int = 1) -> Mesh
 def axis_bandwidth(wanted: Topology, devices: np.ndarray, axes: Sequence[str]) -> float:
     """Bytes/s that each chip can send in a ring collective over mesh axes.
 
-    On a torus that is a link's bandwidth for every dimension that the axes run along, twice where it closes to a ring;
-    across slices or hosts the network bounds it. Placement is read from the coordinates of the mesh's devices.
+    On a torus that is a link's bandwidth for every dimension that the axes run along, twice where it closes to a ring.
+    Across slices or hosts all bytes of a ring pass through the network once; as many rings as a group has chips there
+    share them out (as NCCL's channels do), so the network's bandwidth counts once for each of these chips. Placement
+    is read from the coordinates of the mesh's devices.
     """
     chip = wanted.chip
     picked = tuple(slice(None) if name in axes else 0 for name in AXES)
     group = np.atleast_1d(devices[picked]).ravel()
-    if chip.platform == "cuda":
-        hosts = {getattr(device, "process_index", 0) for device in group}
-        return chip.link_bandwidth if len(hosts) == 1 else chip.network_bandwidth
-    if len({getattr(device, "slice_index", None) or 0 for device in group}) > 1:
-        return chip.network_bandwidth
+    island = "process_index" if chip.platform == "cuda" else "slice_index"
+    islands = len({getattr(device, island, None) or 0 for device in group})
+    inside = chip.link_bandwidth if chip.platform == "cuda" else _torus_bandwidth(wanted, group)
+    return inside if islands == 1 else min(inside, group.size / islands * chip.network_bandwidth)
+
+
+def _torus_bandwidth(wanted: Topology, group: np.ndarray) -> float:
+    chip = wanted.chip
     coordinates = np.array([device.coords for device in group])
     bandwidth = 0.0
     for dimension in range(coordinates.shape[1]):

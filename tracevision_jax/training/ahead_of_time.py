@@ -161,7 +161,7 @@ def training_program(
         sums, weights, _ = system.loss(merge(trained, frozen), system.init_state(), batch, jax.random.key(0))
         return total_loss(system.coefficients, sums, weights)
 
-    trained_shapes, *given = jax.tree.map(_without_place, (state.trained, frozen, batch))
+    trained_shapes, given = jax.tree.map(_without_place, (state.trained, (frozen, batch)))
     holders = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")) * recipe.accumulation
     return Program(
         name=f"train on rows of {bucket}",
