@@ -1,5 +1,7 @@
 """The user's API: each task asks what its template asks, and gives back typed answers at the picture's size."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from tracevision_jax.errors import UserError
 from tracevision_jax.inference.engine import Sampling
 from tracevision_jax.inference.rendering import draw_answer, draw_attention, frame_indices
 from tracevision_jax.inference.tracevision import TraceVisionInference
+from tracevision_jax.systems.tracevision import TraceVision
 
 TRACE = [[0.1, 0.2, 0.0], [0.4, 0.5, 0.3], [0.9, 0.8, 0.6]]
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
@@ -107,6 +110,15 @@ def test_a_dialogue_goes_on_from_an_earlier_answer(model):
     second = model.answer(PICTURE, turns, [TRACE], max_new_tokens=12)
     assert second.tokens != first.tokens
     assert model.answer(PICTURE, turns, {"A": TRACE}, max_new_tokens=12).tokens == second.tokens
+
+
+def test_earlier_answers_may_be_longer_than_what_a_row_of_training_learns(model):
+    config = model.engine.config
+    few = replace(config, processor=replace(config.processor, learned_share=0.01))
+    other = TraceVisionInference(TraceVision(few), tiny.params(), tiny.vocabulary(), buckets=[ROOMY])
+    turns = ["What is {A}?", model.answer(PICTURE, "What is {A}?", [TRACE], max_new_tokens=12), "And now?"]
+    expected = model.answer(PICTURE, turns, [TRACE], max_new_tokens=12)
+    assert other.answer(PICTURE, turns, [TRACE], max_new_tokens=12).tokens == expected.tokens
 
 
 def test_drawn_answers_follow_their_seed(model):

@@ -57,7 +57,6 @@ def system() -> TraceVision:
             "max_points": 6,
             "simplification": Simplification("none"),
             "slot_tokens": 64,
-            "learned_share": 0.01,  # of training alone: earlier answers may be as long as they like
             "vision": VisionInputConfig(
                 min_pixels=16 * 16,
                 max_pixels=32 * 32,
