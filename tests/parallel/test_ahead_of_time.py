@@ -96,6 +96,11 @@ def test_temporaries_are_parted_into_what_is_known_and_the_rest():
     }
 
 
+def call_in(text: str):
+    """The library's call that a program makes."""
+    return next(step for step in executed(parse(text)) if step.instruction.opcode == "custom-call")
+
+
 @pytest.mark.parametrize(
     ("name", "origin", "products"),
     [
@@ -115,9 +120,8 @@ def test_attention_kernels_are_counted_by_their_shapes(name, origin, products):
         f'  ROOT %y = {arrays} custom-call(%q, %s), custom_call_target="tpu_custom_call", '
         f'metadata={{op_name="{origin}/{name}"}}\n}}\n'
     )
-    step = next(step for step in executed(parse(text)) if step.instruction.opcode == "custom-call")
     one = 2 * 2 * 4 * 2048 * 2048 * 128
-    assert kernel_products(step) == (None if products is None else products * one)
+    assert kernel_products(call_in(text)) == (None if products is None else products * one)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +143,7 @@ def test_attention_by_cudnn_is_counted_by_its_scores_also_where_its_mask_is_larg
         f'  ROOT %y = {queries} custom-call(%q, %k, %k, %b), custom_call_target="{target}", '
         f'metadata={{op_name="jit(step)/language/attn"}}, backend_config={config}\n}}\n'
     )
-    step = next(step for step in executed(parse(text)) if step.instruction.opcode == "custom-call")
-    assert kernel_products(step) == products * 2 * 28 * 4096 * 4096 * 128
+    assert kernel_products(call_in(text)) == products * 2 * 28 * 4096 * 4096 * 128
 
 
 @pytest.mark.parametrize(

@@ -190,17 +190,21 @@ def test_taps_on_padding_cost_nothing():
     assert convolved(same, "f32[1,5,2]", "f32[3,2,7]", "f32[1,5,7]") == 2 * (3 * 5 - 2) * 2 * 7
 
 
-def test_traffic_leaves_out_what_stays_on_the_chip_and_counts_slices_as_slices():
-    text = """HloModule m
-
-%sliced (stack: f32[10,8], at: s32[]) -> f32[8] {
+SLICED = """%sliced (stack: f32[10,8], at: s32[]) -> f32[8] {
   %stack = f32[10,8]{1,0} parameter(0)
   %at = s32[] parameter(1)
   %zero = s32[] constant(0)
   %row = f32[1,8]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,8}
   ROOT %flat = f32[8]{0} bitcast(%row)
 }
+"""
+"""A computation that takes one row of ten."""
 
+
+def test_traffic_leaves_out_what_stays_on_the_chip_and_counts_slices_as_slices():
+    text = (
+        f"HloModule m\n\n{SLICED}"
+        + """
 %updated (stack: f32[10,8], row: f32[1,8], at: s32[]) -> f32[10,8] {
   %stack = f32[10,8]{1,0} parameter(0)
   %row = f32[1,8]{1,0} parameter(1)
@@ -218,6 +222,7 @@ ENTRY %main (stack: f32[10,8], at: s32[]) -> f32[10,8] {
   ROOT %out = f32[10,8]{1,0} fusion(%stack, %row, %at), kind=kLoop, calls=%updated
 }
 """
+    )
     module = parse(text)
     moved = {step.instruction.name: hbm_bytes(step, module) for step in executed(module) if not step.fused}
     assert moved["one"] == 32 + 4 + 32  # a row of the stack, the place, the result
@@ -227,16 +232,9 @@ ENTRY %main (stack: f32[10,8], at: s32[]) -> f32[10,8] {
 
 
 def test_a_slice_in_a_fusion_inside_a_fusion_counts_as_the_slice():
-    text = """HloModule m
-
-%sliced (stack: f32[10,8], at: s32[]) -> f32[8] {
-  %stack = f32[10,8]{1,0} parameter(0)
-  %at = s32[] parameter(1)
-  %zero = s32[] constant(0)
-  %row = f32[1,8]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,8}
-  ROOT %flat = f32[8]{0} bitcast(%row)
-}
-
+    text = (
+        f"HloModule m\n\n{SLICED}"
+        + """
 %updated (stack: f32[10,8], row: f32[8], at: s32[]) -> f32[10,8] {
   %stack = f32[10,8]{1,0} parameter(0)
   %row = f32[8]{0} parameter(1)
@@ -260,6 +258,7 @@ ENTRY %main (stack: f32[10,8], at: s32[]) -> f32[10,8] {
   ROOT %out = f32[10,8]{1,0} fusion(%stack, %at), kind=kLoop, calls=%outer
 }
 """
+    )
     module = parse(text)
     (whole,) = (step for step in executed(module) if step.instruction.name == "out" and not step.fused)
     assert hbm_bytes(whole, module) == 32 + 4 + 32  # a row of the stack, the place, the row that is written
