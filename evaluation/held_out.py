@@ -10,11 +10,14 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from evaluation.on_mesh import on_mesh
 from tracevision_jax.inference.engine import Engine
 from tracevision_jax.inference.pictures_sheets import Panel, sheet
 from tracevision_jax.inference.rendering import draw_answer
+from tracevision_jax.layers.sharding import mesh_of
 from tracevision_jax.records.batch import Batch, Bucket
 from tracevision_jax.records.encoded import Piece
 from tracevision_jax.records.sample import Conversation, Sample, TracePart
@@ -61,8 +64,8 @@ class HeldOutLoss:
         del step
         if not self.batches:
             return {}
-        made = [self._sums(params, batch) for batch in self.batches]
-        sums, weights = jax.tree.map(lambda *parts: sum(parts), *made)
+        made = [on_mesh(self._sums, params, batch) for batch in self.batches]
+        sums, weights = jax.tree.map(lambda *parts: jnp.asarray(sum(parts)), *made)
         values = {name: float(value) for name, value in part_values(sums, weights).items()}
         return {"loss": float(total_loss(self.system.coefficients, sums, weights))} | values
 
@@ -82,13 +85,13 @@ class HeldOutPictures:
         """The prompts."""
         return list(self.read_prompts())
 
-    @cached_property
-    def _engine(self) -> Engine:
-        return Engine(self.config, None, self.vocabulary)
+    _engine: Engine | None = None
 
     def __call__(self, params: Any, step: int) -> dict[str, np.ndarray]:
         """{"answer_<number>": picture}."""
         del step
+        if self._engine is None:
+            self._engine = Engine(self.config, params, self.vocabulary, mesh=mesh_of(params))
         self._engine.params = params
         answers = self._engine.generate([piece for *_, piece in self.prompts], max_new_tokens=self.max_new_tokens)
         pictures = {}

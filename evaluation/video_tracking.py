@@ -19,6 +19,7 @@ from jaxtyping import Bool
 
 from evaluation.metrics import video
 from evaluation.metrics.video_on_device import frame_counts
+from evaluation.on_mesh import on_mesh
 from tracevision_jax.records.clips import ClipBatch
 
 
@@ -58,7 +59,7 @@ class HeldOutTracking:
 
     def _followed(self, params: Any, forget: bool) -> Iterable[Bool[np.ndarray, "B O T height width"]]:
         for batch in self.batches:
-            yield np.asarray(self._follow(params, batch, forget))
+            yield on_mesh(self._follow, params, batch, forget)
 
 
 def track_scores(

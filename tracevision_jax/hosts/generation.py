@@ -34,7 +34,7 @@ from tracevision_jax.hosts.grammar import Grammar, GrammarState, advance, allowe
 from tracevision_jax.hosts.sampling import SamplingSettings, Scale, sample_tokens, sampling_settings
 from tracevision_jax.language.cache import KVCache, init_cache
 from tracevision_jax.language.model import LanguageModel
-from tracevision_jax.layers.sharding import Rules, activation_sharding, constrain, layout
+from tracevision_jax.layers.sharding import Rules, activation_sharding, constrain, gathered, layout
 from tracevision_jax.records.vocabulary import GAP
 
 Array = jax.Array | np.ndarray
@@ -66,7 +66,7 @@ class Generated:
 
     def answers(self) -> list[list[int]]:
         """Token ids of each row, without the end token."""
-        tokens, lengths = np.asarray(self.tokens), np.asarray(self.lengths)
+        tokens, lengths = gathered((self.tokens, self.lengths))
         return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
@@ -310,7 +310,7 @@ class Generator:
         before = [0] * len(embeddings)
         for stop in range(every, call.new_tokens + every, every):
             result = call.advance(min(stop, call.new_tokens)).result
-            done = stop >= call.new_tokens or not (np.asarray(result.finish) == RUNNING).any()
+            done = stop >= call.new_tokens or not (gathered(result.finish) == RUNNING).any()
             answers = result.answers()
             yield Part(
                 [answer[start:] for answer, start in zip(answers, before, strict=True)],

@@ -33,7 +33,7 @@ from tracevision_jax.inference.answers import Answer, AnswerPart, Mask, MaskPlac
 from tracevision_jax.inference.attention import BlockAttention, block_attention
 from tracevision_jax.inference.buckets import BatchPlan, plan_batches, power_of_two
 from tracevision_jax.language.model import LanguageModel
-from tracevision_jax.layers.sharding import activation_sharding
+from tracevision_jax.layers.sharding import activation_sharding, gathered
 from tracevision_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from tracevision_jax.parallel.rules import ACTIVATIONS
 from tracevision_jax.records.batch import Batch, Bucket
@@ -219,7 +219,7 @@ class Engine:
         plan = self.plan([piece], 1)[0]
         vision = self.config.processor.vision
         with self._layouts():
-            maps = jax.device_get(self._maps(self.params, self._placed([piece], plan)))
+            maps = gathered(self._maps(self.params, self._placed([piece], plan)))
         return block_attention(maps, piece, plan.bucket.windows * vision.window_units**2, vision)
 
     def plan(self, pieces: Sequence[Piece], rows: int | None = None) -> list[BatchPlan]:
@@ -249,7 +249,7 @@ class Engine:
         read = [read_tokens(tokens, self.vocabulary) for tokens in ids]
         places = [[part.first_slot for part in parts if isinstance(part, MaskPlace)] for parts in read]
         masks = self._masks(result, batch, encoded, places, [len(piece.grid) for piece in pieces])
-        finish, probabilities = np.asarray(result.finish), np.asarray(result.log_probabilities)
+        finish, probabilities = gathered((result.finish, result.log_probabilities))
         answers = []
         for row, (tokens, parts) in enumerate(zip(ids, read, strict=True)):
             made = iter(masks[row])
@@ -299,7 +299,7 @@ class Engine:
                     slots[:, here],
                     frame[:, here],
                 )
-            chunks.append(np.asarray(made, np.float32))
+            chunks.append(gathered(made).astype(np.float32))
         logits = np.concatenate(chunks, axis=1)
         return [
             [logits[row, n * frames[row] : (n + 1) * frames[row]] for n in range(len(places[row]))]

@@ -7,8 +7,11 @@ rules)` says over which mesh axes each name is split. Without that context `cons
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
@@ -105,3 +108,20 @@ def exchange_slices(x: Shaped[Array, "batch ... width"], *inner: str | None) -> 
     gather the table, which for a vocabulary is larger by orders of magnitude, and so is its gradient.
     """
     return constrain(constrain(x, "copies", *inner, "sliced_width"), "batch", *inner, "width")
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh over which arrays are laid out; None where they lie on one device."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return next((each.mesh for each in shardings if isinstance(each, NamedSharding)), None)  # pyright: ignore
+
+
+def gathered(tree: Any) -> Any:
+    """Arrays on the host, whole on every process; all processes must ask for them at the same time."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
