@@ -22,7 +22,7 @@ from tracevision_jax.parallel.collectives import Collective, by_axes, collective
 from tracevision_jax.parallel.flops import Flops
 from tracevision_jax.parallel.hlo import Module, Step, executed, hbm_bytes, parse, product_flops
 from tracevision_jax.parallel.roofline import Roofline, roofline
-from tracevision_jax.parallel.topologies import Topology, axis_bandwidth
+from tracevision_jax.parallel.topologies import Topology, axis_bandwidth, inside_a_slice
 
 KERNELS: tuple[tuple[str, int], ...] = (
     ("splash_mha_fwd", 2),
@@ -212,7 +212,7 @@ def costs(module: Module, mesh: Mesh) -> Costs:
             kernel_flops += step.times * (found or 0.0)
             if found is None and name not in uncounted:
                 uncounted.append(name)
-    return Costs(flops, kernel_flops, traffic, collectives(module, dict(mesh.shape)), kernels, uncounted)
+    return Costs(flops, kernel_flops, traffic, collectives(module, inside_a_slice(mesh.devices)), kernels, uncounted)
 
 
 def kernel_name(step: Step) -> str | None:
