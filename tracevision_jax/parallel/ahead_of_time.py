@@ -5,11 +5,12 @@ of a recipe and `inference/ahead_of_time.py` those that answer. `measure(program
 returns an `Outcome`, all numbers a chip's unless they say otherwise.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -149,7 +150,8 @@ def measure(program: Program, topology: Topology, mesh: Mesh) -> Outcome:
     }
     capacity = topology.chip.hbm_bytes
     try:
-        compiled = program.lower().compile(compiler_options=dict(topology.chip.compiler_options))
+        with _not_kept():
+            compiled = program.lower().compile(compiler_options=dict(topology.chip.compiler_options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -183,6 +185,18 @@ def measure(program: Program, topology: Topology, mesh: Mesh) -> Outcome:
         roofline=times,
         compile_seconds=time.perf_counter() - began,
     )
+
+
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """Without writing to jax's cache of compiled programs: it cannot read back those of chips that are not here."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 @dataclasses.dataclass(frozen=True)
