@@ -4,8 +4,8 @@
     tracevision train tracevision_72b_stage1 --init-from checkpoints/qwen72b --mesh.data 8 --mesh.fsdp 32
     tracevision compile tracevision_72b_stage1_5 --topology v5p:8x8x4
 
-Hardware: 256 v5p chips or more, one row of any length a chip (docs/scaling.md: 72B, stage 1.5 fits). Nothing has been
-trained; no result is known.
+Hardware: 256 v5p chips or more, one row a chip: all three stages of both sizes fit, rows of images, with at most 59 of
+95 GiB a chip (docs/scaling.md). Nothing has been trained; no result is known.
 """
 
 import dataclasses

@@ -170,6 +170,19 @@ def test_what_a_program_that_does_not_fit_needs_is_an_outcome(message, gib):
     json.dumps(outcome.to_json())
 
 
+def test_a_program_for_other_chips_is_not_kept_in_the_cache_of_programs():
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    before, seen = getattr(jax.config, setting), []
+
+    def lower():
+        seen.append(getattr(jax.config, setting))
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no matter")
+
+    program = Program("train", lower, {}, Flops(1.0, 2.0, 0.0, 0.0, {}), 8, 1)
+    measure(program, topology("v5p:1x1x1"), make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert seen == [float("inf")] and getattr(jax.config, setting) == before
+
+
 def test_another_failure_of_the_compiler_is_no_outcome():
     def lower():
         raise jax.errors.JaxRuntimeError("INTERNAL: a defect")

@@ -115,6 +115,28 @@ def test_a_permutation_sends_its_array_once_along_the_axes_it_moves_along():
     assert (use.axes, use.sent_bytes) == (("fsdp",), 256)
 
 
+@pytest.mark.parametrize(
+    ("transfer", "target", "kind", "group", "sent"),
+    [
+        ("ALL_REDUCE", "{1,2}x{0:3}", "all-reduce", 2, 256),
+        ("ALL_REDUCE", "{1:4}x{0:3}", "all-reduce", 4, 384),
+        ("ALL_GATHER", "{1,2,3,4}x{0:3}", "all-gather", 4, 768),
+        ("REDUCE_SCATTER", "{1,2}x{0:3}", "reduce-scatter", 2, 128),
+        ("ONE_TO_ONE", "{1,2}x{0:3}", "collective-permute", 2, 256),
+    ],
+)
+def test_what_a_slice_hands_to_its_hosts_goes_to_the_other_slices(transfer, target, kind, group, sent):
+    attributes = f'_xla_megascale_target="{target}",_xla_megascale_transfer_type="{transfer}"'
+    text = (
+        "HloModule m\n\nENTRY %main (x: f32[64]) -> f32[64] {\n  %x = f32[64] parameter(0)\n"
+        "  %t = token[] after-all()\n"
+        "  ROOT %y = (f32[64], u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true, "
+        f"frontend_attributes={{{attributes}}}\n}}\n"
+    )
+    (use,) = collectives(parse(text), MESH)
+    assert (use.kind, use.axes, use.group, use.sent_bytes) == (kind, ("slices",), group, sent)
+
+
 def test_a_collective_that_is_spread_over_fusions_counts_once():
     line = (
         "f32[128] all-gather(%x), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}, "

@@ -4,12 +4,24 @@ import dataclasses
 import importlib.util
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.parallel.mesh import MeshConfig
-from tracevision_jax.parallel.topologies import CHIPS, Topology, arrange, axis_bandwidth, open_devices, topology
+from tracevision_jax.parallel.collectives import BETWEEN_SLICES, by_axes, collectives
+from tracevision_jax.parallel.hlo import parse
+from tracevision_jax.parallel.mesh import AXES, MeshConfig
+from tracevision_jax.parallel.topologies import (
+    CHIPS,
+    Topology,
+    arrange,
+    axis_bandwidth,
+    inside_a_slice,
+    open_devices,
+    topology,
+)
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
@@ -88,8 +100,10 @@ def test_the_bandwidth_of_an_axis_is_that_of_the_links_it_runs_along():
 def test_the_network_bounds_what_crosses_slices_or_hosts():
     two = grid((2, 2, 1), (2, 4, 1, 1), slices=2)
     wanted = dataclasses.replace(topology("v5p:2x2x1"), slices=2)
-    assert axis_bandwidth(wanted, two, ("data",)) == CHIPS["v5p"].network_bandwidth
+    assert axis_bandwidth(wanted, two, ("slices",)) == CHIPS["v5p"].network_bandwidth
     assert axis_bandwidth(wanted, two, ("fsdp",)) == 2 * 100e9
+    four = grid((2, 2, 1), (4, 2, 1, 1), slices=2)
+    assert axis_bandwidth(wanted, four, ("data",)) == 100e9  # what is written along an axis stays in the slice
     gpus = grid((2, 2), (1, 2, 2, 1))
     for chip in gpus.ravel():
         chip.process_index = chip.coords[0]
@@ -97,10 +111,15 @@ def test_the_network_bounds_what_crosses_slices_or_hosts():
     assert axis_bandwidth(topology("h100:2x2"), gpus, ("fsdp",)) == 50e9
 
 
-def test_every_chip_of_a_group_brings_its_share_of_the_network():
-    two = grid((2, 2, 1), (2, 4, 1, 1), slices=2)
-    wanted = dataclasses.replace(topology("v5p:2x2x1"), slices=2)
-    assert axis_bandwidth(wanted, two, ("data", "fsdp")) == 4 * CHIPS["v5p"].network_bandwidth
+@pytest.mark.parametrize(
+    ("sizes", "slices", "inside"),
+    [((4, 2, 1, 1), 2, (2, 2, 1, 1)), ((1, 4, 2, 1), 2, (1, 2, 2, 1)), ((2, 2, 1, 1), 1, (2, 2, 1, 1))],
+)
+def test_the_part_of_a_mesh_in_one_slice(sizes, slices, inside):
+    assert inside_a_slice(grid((2, 2, 1), sizes, slices)) == dict(zip(AXES, inside, strict=True))
+
+
+def test_every_gpu_of_a_group_brings_its_share_of_the_network():
     gpus = grid((2, 8), (1, 16, 1, 1))
     for chip in gpus.ravel():
         chip.process_index = chip.coords[0]
@@ -139,10 +158,25 @@ def test_slices_are_parted_by_data_or_else_by_fsdp():
     devices = open_devices(wanted)
     for config, inside in ((MeshConfig(data=2, fsdp=4), ("fsdp",)), (MeshConfig(data=1, fsdp=8), ("tensor",))):
         mesh = arrange(config, devices, slices=2)
-        assert axis_bandwidth(wanted, mesh.devices, ("data", "fsdp")) == 4 * wanted.chip.network_bandwidth
+        assert axis_bandwidth(wanted, mesh.devices, ("data", "fsdp")) == 2 * 50e9
         assert axis_bandwidth(wanted, mesh.devices, inside) == (2 * 50e9 if inside == ("fsdp",) else 50e9)
+        assert tuple(inside_a_slice(mesh.devices).values()) == (1, 4, 1, 1)
     with pytest.raises(UserError, match="multiple of 2"):
         arrange(MeshConfig(data=1, fsdp=1, tensor=8), devices, slices=2)
+
+
+@needs_libtpu
+def test_a_sum_over_slices_goes_through_the_network_once_for_each_chip():
+    wanted = topology("v5e:2x2", slices=2)
+    mesh = arrange(MeshConfig(data=4, fsdp=2), open_devices(wanted), slices=2)
+    given = jax.ShapeDtypeStruct((4, 256, 512), "float32", sharding=NamedSharding(mesh, PartitionSpec("data", "fsdp")))
+    summed = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    compiled = jax.jit(lambda rows: rows.sum(0, keepdims=True), out_shardings=summed).lower(given).compile()
+    uses = by_axes(collectives(parse(compiled.as_text() or ""), inside_a_slice(mesh.devices)))
+    (between,) = uses[BETWEEN_SLICES,]
+    # In the slice two chips sum 128 x 512 numbers; each hands its half to the network, half of two there and back.
+    assert (between.kind, between.group, between.sent_bytes) == ("all-reduce", 2, 128 * 512 * 4 / 2)
+    assert set(uses) == {("data",), (BETWEEN_SLICES,)}
 
 
 def test_a_topology_is_a_value():

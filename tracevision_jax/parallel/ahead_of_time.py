@@ -5,11 +5,12 @@ of a recipe and `inference/ahead_of_time.py` those that answer. `measure(program
 returns an `Outcome`, all numbers a chip's unless they say otherwise.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from tracevision_jax.parallel.collectives import Collective, by_axes, collective
 from tracevision_jax.parallel.flops import Flops
 from tracevision_jax.parallel.hlo import Module, Step, executed, hbm_bytes, parse, product_flops
 from tracevision_jax.parallel.roofline import Roofline, roofline
-from tracevision_jax.parallel.topologies import Topology, axis_bandwidth
+from tracevision_jax.parallel.topologies import Topology, axis_bandwidth, inside_a_slice
 
 KERNELS: tuple[tuple[str, int], ...] = (
     ("splash_mha_fwd", 2),
@@ -149,7 +150,8 @@ def measure(program: Program, topology: Topology, mesh: Mesh) -> Outcome:
     }
     capacity = topology.chip.hbm_bytes
     try:
-        compiled = program.lower().compile(compiler_options=dict(topology.chip.compiler_options))
+        with _not_kept():
+            compiled = program.lower().compile(compiler_options=dict(topology.chip.compiler_options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -185,6 +187,18 @@ def measure(program: Program, topology: Topology, mesh: Mesh) -> Outcome:
     )
 
 
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """Without writing to jax's cache of compiled programs: it cannot read back those of chips that are not here."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """What one run of a compiled program costs one chip."""
@@ -212,7 +226,7 @@ def costs(module: Module, mesh: Mesh) -> Costs:
             kernel_flops += step.times * (found or 0.0)
             if found is None and name not in uncounted:
                 uncounted.append(name)
-    return Costs(flops, kernel_flops, traffic, collectives(module, dict(mesh.shape)), kernels, uncounted)
+    return Costs(flops, kernel_flops, traffic, collectives(module, inside_a_slice(mesh.devices)), kernels, uncounted)
 
 
 def kernel_name(step: Step) -> str | None:

@@ -5,6 +5,10 @@
 
 Bytes are those of the ring algorithms: with n chips in a group, a gather, a scattered sum and an all-to-all send
 (n - 1) / n of the whole array, a sum twice that, a permutation its array once.
+
+A program for several TPU slices is written for one of them: its groups number the chips of a slice, so `mesh` is the
+part of the mesh in one slice. What goes from slice to slice stands there as a transfer to the host and back; its axes
+are `BETWEEN_SLICES`, its group one chip of every slice.
 """
 
 import dataclasses
@@ -25,6 +29,13 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+
+BETWEEN_SLICES = "slices"
+"""Stands for an axis in the collectives that leave a slice."""
+
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_TARGET = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x')
+"""Slices that take part, counted from 1: {1,2} or {1:4}."""
 
 _LATER_PIECE = re.compile(r'"flag_start":"\d')
 """TPU spreads a collective over several fusions, each of which writes it down again; only the first starts it (-1)."""
@@ -77,6 +88,8 @@ def by_axes(uses: Iterable[Collective]) -> dict[tuple[str, ...], list[Collective
 
 def _collective(step: Step, mesh: Mapping[str, int]) -> Collective | None:
     instruction = step.instruction
+    if instruction.opcode == "send" and (transfer := _TRANSFER.search(instruction.attributes)):
+        return _between_slices(step, transfer.group(1))
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS or _LATER_PIECE.search(instruction.attributes):
         return None
@@ -89,6 +102,26 @@ def _collective(step: Step, mesh: Mapping[str, int]) -> Collective | None:
     return Collective(
         kind, _axes(groups, mesh), size if groups.size else 1, whole, step.times, step.known, instruction.origin, arrays
     )
+
+
+def _between_slices(step: Step, transfer: str) -> Collective:
+    """What a chip hands to its host for the same chip of other slices; the last operand of a send is a token."""
+    instruction = step.instruction
+    given = step.computation.instructions[instruction.operands[0]]
+    kind = transfer.lower().replace("_", "-")
+    if kind not in KINDS:
+        kind = "collective-permute"  # from one slice to another
+    found = _TARGET.search(instruction.attributes)
+    size = sum(_span(part) for part in found.group(1).split(",")) if found else 2
+    whole = given.bytes * size if kind == "all-gather" else given.bytes
+    arrays = tuple(f"{shape.kind}[{','.join(map(str, shape.dims))}]" for shape in given.shapes)
+    return Collective(kind, (BETWEEN_SLICES,), size, whole, step.times, step.known, instruction.origin, arrays)
+
+
+def _span(part: str) -> int:
+    """Of a number or a first and a last one."""
+    ends = part.split(":")
+    return int(ends[-1]) - int(ends[0]) + 1
 
 
 def _whole_bytes(instruction: Instruction, kind: str, size: int, step: Step) -> int:

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.nearest import suggest
+from tracevision_jax.parallel.collectives import BETWEEN_SLICES
 from tracevision_jax.parallel.mesh import AXES, MeshConfig, mesh_shape
 
 GIB = 2**30
@@ -247,18 +248,34 @@ def arrange(config: MeshConfig, devices: Sequence[Any], slices: int = 1) -> Mesh
 def axis_bandwidth(wanted: Topology, devices: np.ndarray, axes: Sequence[str]) -> float:
     """Bytes/s that each chip can send in a ring collective over mesh axes.
 
-    On a torus that is a link's bandwidth for every dimension that the axes run along, twice where it closes to a ring.
-    Across slices or hosts all bytes of a ring pass through the network once; as many rings as a group has chips there
-    share them out (as NCCL's channels do), so the network's bandwidth counts once for each of these chips. Placement
-    is read from the coordinates of the mesh's devices.
+    On a torus that is a link's bandwidth for every dimension that the axes run along inside a slice, twice where it
+    closes to a ring; XLA writes what goes between slices apart, each chip with its own share of the network. Across
+    GPU hosts all bytes of a ring pass through the network once; as many rings as a group has chips there share them out
+    (as NCCL's channels do), so the network's bandwidth counts once for each of these chips. Placement is read from the
+    coordinates of the mesh's devices.
     """
     chip = wanted.chip
+    if BETWEEN_SLICES in axes:
+        return chip.network_bandwidth
     picked = tuple(slice(None) if name in axes else 0 for name in AXES)
     group = np.atleast_1d(devices[picked]).ravel()
-    island = "process_index" if chip.platform == "cuda" else "slice_index"
-    islands = len({getattr(device, island, None) or 0 for device in group})
-    inside = chip.link_bandwidth if chip.platform == "cuda" else _torus_bandwidth(wanted, group)
-    return inside if islands == 1 else min(inside, group.size / islands * chip.network_bandwidth)
+    if chip.platform == "tpu":
+        return _torus_bandwidth(wanted, group[_slices_of(group) == _slices_of(group)[0]])
+    hosts = len({device.process_index for device in group})
+    return chip.link_bandwidth if hosts == 1 else min(chip.link_bandwidth, group.size / hosts * chip.network_bandwidth)
+
+
+def _slices_of(devices: np.ndarray) -> np.ndarray:
+    """Each device's slice; 0 where there is only one."""
+    return np.array([getattr(device, "slice_index", None) or 0 for device in devices.ravel()]).reshape(devices.shape)
+
+
+def inside_a_slice(devices: np.ndarray) -> dict[str, int]:
+    """Sizes of a mesh's axes in one of its slices, from the mesh's devices; of all the mesh where there is one."""
+    slices = _slices_of(devices)
+    first = slices == slices.flat[0]
+    others = [tuple(n for n in range(first.ndim) if n != axis) for axis in range(first.ndim)]
+    return {name: int(first.any(axis=rest).sum()) for name, rest in zip(AXES, others, strict=True)}
 
 
 def _torus_bandwidth(wanted: Topology, group: np.ndarray) -> float:
