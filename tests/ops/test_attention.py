@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from tracevision_jax.ops.attention import IMPLEMENTATIONS, attention, attention_mesh, choose
-from tracevision_jax.ops.attention_call import AttentionCall, attend_xla
+from tracevision_jax.ops.attention_call import AttentionCall, attend_xla, attend_xla_in_blocks
 from tracevision_jax.ops.attention_kernels import Placement, attend_cudnn, attend_splash
 
 HERE = Placement(None, (), (), "cpu")
@@ -54,6 +54,34 @@ def test_all_masks_and_a_bias_together_equal_plain_arithmetic(rng):
         & (keys < np.asarray(kv_lengths)[:, None, None])
     )
     np.testing.assert_allclose(ours, plain(q, k, v, visible, bias), atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("extras", ["none", "all"])
+def test_blocks_of_queries_give_the_whole_calls_result_and_gradient(rng, causal, extras):
+    q, k, v = draw(rng, queries=11, keys=11)
+    given = {}
+    if extras == "all":
+        segments = jnp.asarray(rng.integers(0, 3, (2, 11)), jnp.int32)
+        given = {"q_segments": segments, "kv_segments": segments, "kv_lengths": jnp.array([9, 11])}
+        given |= {"bias": jnp.asarray(rng.standard_normal((1, 4, 11, 11)), jnp.float32)}
+
+    def results(attend):
+        def loss(q, k, v):
+            mixed = attend(AttentionCall(q, k, v, 0.3, causal=causal, **given))
+            return jnp.sum(jnp.sin(mixed)), mixed
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    blocks, whole = results(lambda call: attend_xla_in_blocks(call, 4)), results(attend_xla)
+    for ours, theirs in zip(*map(jax.tree.leaves, (blocks, whole)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cpu_takes_many_queries_in_blocks_and_few_at_once(rng):
+    few, many = (AttentionCall(*draw(rng, queries=n, keys=n, heads=2, head_dim=2), 1.0) for n in (64, 1024))
+    assert choose(few, HERE).name == "xla" and choose(many, HERE).name == "xla in blocks"
+    np.testing.assert_allclose(choose(many, HERE).run(many, HERE), attend_xla(many), atol=1e-6)
 
 
 @pytest.mark.parametrize("bias_heads", [1, 4])

@@ -112,7 +112,12 @@ class Programs:
     def _encode_all(self, params: Any, works: tuple[Encode, ...]) -> tuple[Maps, ...]:
         frames, side = works[0].pixels.shape[:2]
         self.compiled[f"encode {len(works)} x {frames} frames of {side} px"] += 1
-        maps = sam2_video.encode(self.model, params, jnp.concatenate([work.pixels for work in works]))
+        pixels = jnp.concatenate([work.pixels for work in works])
+        if jax.default_backend() == "cpu":
+            # One after the other: a CPU's caches hold no more than a picture, and a third of the time is saved.
+            maps = jax.lax.map(lambda one: frame_of(sam2_video.encode(self.model, params, one[None]), 0), pixels)
+        else:
+            maps = sam2_video.encode(self.model, params, pixels)
         return tuple(_part(maps, number * frames, frames) for number in range(len(works)))
 
     def _all(self, kind: type, params: Any, works: tuple[Any, ...]) -> tuple[tuple[Outcome, MemoryBank], ...]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tracevision_jax.ops.attention_call import AttentionCall, attend_xla
+from tracevision_jax.ops.attention_call import AttentionCall, attend_xla, attend_xla_in_blocks
 from tracevision_jax.ops.attention_kernels import (
     Placement,
     attend_cudnn,
@@ -37,9 +37,25 @@ class Implementation:
     run: Callable[[AttentionCall, Placement], Array]
 
 
+MANY_QUERIES = 1024
+"""From so many on the scores of a whole call no longer fit a CPU's caches."""
+
+
+def why_not_blocks(call: AttentionCall, placement: Placement) -> str | None:
+    """Reason why queries are better not taken block by block, or None."""
+    if placement.platform != "cpu":
+        return f"it suits caches of a CPU, not {placement.platform}"
+    if placement.mesh is not None and placement.mesh.size > 1:
+        return "queries may be cut over the mesh"
+    if call.q.shape[1] < MANY_QUERIES:
+        return f"{call.q.shape[1]} queries are few"
+    return None
+
+
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("splash", why_not_splash, attend_splash),
     Implementation("cudnn", why_not_cudnn, attend_cudnn),
+    Implementation("xla in blocks", why_not_blocks, lambda call, placement: attend_xla_in_blocks(call)),
     Implementation("xla", lambda call, placement: None, lambda call, placement: attend_xla(call)),
 )
 

@@ -8,12 +8,14 @@ Values may have another width than keys, since a projection of values can as wel
 weights (x W + b) = (weights x) W + b. Where W widens, as from 64 to 256 channels of a memory, that is less work.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tracevision_jax.ops.attention import attention_to_visible
-from tracevision_jax.ops.attention_call import masked_softmax
+from tracevision_jax.ops.attention_call import HIDDEN
 
 
 def attention_in_blocks(
@@ -28,11 +30,11 @@ def attention_in_blocks(
     Where no key is visible the result is 0. Blocks go through `ops.attention` when keys and values are as wide.
     """
 
-    def attend(q: Array) -> Array:
-        if k.shape[-1] != v.shape[-1]:
-            return _attend(q, k, v, visible)
-        return attention_to_visible(q, k, v, visible)
-
+    if k.shape[-1] == v.shape[-1]:
+        attend = partial(attention_to_visible, k=k, v=v, visible=visible)
+    else:
+        # Turned once for all blocks: within the loop a CPU would do it for each.
+        attend = partial(_attend, k=jnp.moveaxis(k, 1, -1), v=jnp.moveaxis(v, 1, 2), visible=visible)
     batch, queries, heads, head_dim = q.shape
     if queries <= block:
         return attend(q)
@@ -43,9 +45,20 @@ def attention_in_blocks(
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * block, heads, v.shape[-1])[:, :queries]
 
 
-def _attend(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
-    """What `ops.attention` does not express: values of another width. Softmax in float32."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    seen = jnp.ones((1, 1, 1, 1), bool) if visible is None else visible[:, None, None]
-    weights = masked_softmax(scores, seen).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhe->bqhe", weights, v).astype(q.dtype)
+def _attend(
+    q: Float[Array, "batch block heads head_dim"],
+    k: Float[Array, "batch heads head_dim keys"],
+    v: Float[Array, "batch heads keys value_dim"],
+    visible: Bool[Array, "batch keys"] | None,
+) -> Float[Array, "batch block heads value_dim"]:
+    """What `ops.attention` does not express: values of another width. Softmax in float32, its sum at last."""
+    scores = jnp.einsum("bqhd,bhdk->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if visible is None:
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    else:
+        seen = visible[:, None, None]
+        scores = jnp.where(seen, scores, HIDDEN)
+        weights = jnp.where(seen, jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))), 0)
+    total = weights.sum(-1, keepdims=True)
+    mixed = jnp.einsum("bhqk,bhke->bhqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(mixed / jnp.where(total == 0, 1, total), 1, 2).astype(q.dtype)

@@ -6,7 +6,7 @@ queries are grouped by the key head that they share, so keys and values are neve
 float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +93,20 @@ def attend_xla(call: AttentionCall) -> Float[Array, "batch queries heads head_di
 
     Queries of all heads that share a key head are rows of one product, which is also what a CPU does fastest.
     """
+    return _attend_heads(call, call.k.transpose(0, 2, 1, 3), call.v.transpose(0, 2, 1, 3))
+
+
+def _attend_heads(
+    call: AttentionCall,
+    k: Float[Array, "batch kv_heads keys head_dim"],
+    v: Float[Array, "batch kv_heads keys head_dim"],
+) -> Float[Array, "batch queries heads head_dim"]:
+    """The reference, with the keys and values of a call heads first."""
     batch, queries, heads, head_dim = call.q.shape
-    kv_heads, keys = call.k.shape[2], call.k.shape[1]
+    kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads
     q = call.q.reshape(batch, queries, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, group * queries, head_dim)
-    k, v = call.k.transpose(0, 2, 1, 3), call.v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32) * call.scale
     if call.bias is not None:
         bias = jnp.broadcast_to(call.bias, (call.bias.shape[0], heads, queries, keys)).astype(jnp.float32)
@@ -108,3 +116,31 @@ def attend_xla(call: AttentionCall) -> Float[Array, "batch queries heads head_di
     weights = masked_softmax(scores, visible[:, None]).astype(v.dtype)
     mixed = jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(batch, kv_heads, group, queries, head_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim).astype(call.q.dtype)
+
+
+def attend_xla_in_blocks(call: AttentionCall, block: int = 256) -> Float[Array, "batch queries heads head_dim"]:
+    """The reference, `block` queries after the other: scores are never whole, and a CPU's caches hold those of a block.
+
+    The backward pass computes each block anew.
+    """
+    batch, queries = call.q.shape[:2]
+    count = -(-queries // block)
+    positions = call.q_positions
+    if call.causal and positions is None:
+        positions = jnp.broadcast_to(jnp.arange(queries), (batch, queries))
+    bias = call.bias
+    cut_bias = bias is not None and bias.shape[2] > 1
+
+    def blocks(x: Array, axis: int = 1) -> Array:
+        x = jnp.pad(x, [(0, count * block - queries if each == axis else 0) for each in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :]), axis, 0)
+
+    cut = {
+        "q": blocks(call.q),
+        **({"q_positions": blocks(positions)} if positions is not None else {}),
+        **({"q_segments": blocks(call.q_segments)} if call.q_segments is not None else {}),
+        **({"bias": blocks(bias, 2)} if bias is not None and cut_bias else {}),
+    }
+    k, v = call.k.transpose(0, 2, 1, 3), call.v.transpose(0, 2, 1, 3)  # once, not for each block
+    mixed = jax.lax.map(jax.checkpoint(lambda part: _attend_heads(replace(call, **part), k, v), prevent_cse=False), cut)
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * block, *mixed.shape[3:])[:, :queries]
