@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 BENCH ?= $(filter-out ablation __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: help setup venv demo test faults lint format ablation bench clean
+.PHONY: help setup venv demo tracking test faults lint format ablation bench clean
 
 help: ## List the targets
 	@echo "tracevision-jax: make TARGET"
@@ -40,6 +40,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## Train, evaluate and draw on synthetic scenes, 15 minutes on two cores: runs/demo/report/index.html
 	$(MEMORY) $(BIN)/tracevision demo $(DEMO_ARGS)
+
+tracking: $(STAMP) ## Train a tiny SAM 2 on synthetic videos, 15 minutes on two cores, and score it: runs/sam2_demo
+	$(MEMORY) $(BIN)/tracevision train sam2_demo
 
 test: $(STAMP) ## Run all tests on the CPU with two workers (PYTEST_ARGS="-k name" to choose)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)

@@ -1,9 +1,10 @@
 """A tiny SAM 2.1 on synthetic videos, from nothing: objects overlap, hide, leave, come back, and look alike.
 
-    tracevision train sam2_demo
+    make tracking            # tracevision train sam2_demo, its memory in huge pages
 
-Hardware: 2 CPU cores, 15 minutes. The evaluation at the end says J&F of held-out clips from a first-frame mask (aimed
-at: 0.80; reached: 0.81), and what is left when the memory is emptied at every frame (0.26 less); see docs/tracking.md.
+Hardware: 2 CPU cores, 15 minutes (24 without huge pages). The evaluation at the end says J&F of held-out clips from a
+first-frame mask (aimed at: 0.80; reached: 0.81), and what is left when the memory is emptied at every frame (0.26
+less); see docs/tracking.md.
 
 Everything is the real thing but its size: Hiera's four stages, prompts of all kinds, several masks, object scores and
 pointers, memory attention. Pictures of 96 px have 6 x 6 cells, and masks of 24 x 24. Memories have 64 channels, as in

@@ -2,7 +2,7 @@
 
 `sam2_demo_weights` is the model that the recipe `sam2_demo` trains, as `transformers` reads it:
 
-    tracevision train sam2_demo
+    make tracking
     tracevision convert --from runs/sam2_demo/model --to tests/hosts/sam2_demo_weights --dtype float16
 """
 
