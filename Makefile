@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 BENCH ?= $(filter-out ablation __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: help setup venv demo tracking test faults lint format ablation bench clean
+.PHONY: help setup venv demo tracking test meshes faults lint format ablation bench clean
 
 help: ## List the targets
 	@echo "tracevision-jax: make TARGET"
@@ -46,6 +46,9 @@ tracking: $(STAMP) ## Train a tiny SAM 2 on synthetic videos, 15 minutes on two 
 
 test: $(STAMP) ## Run all tests on the CPU with two workers (PYTEST_ARGS="-k name" to choose)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+
+meshes: $(STAMP) ## Compare every mesh of eight virtual devices with one device
+	TRACEVISION_TEST_MESHES=all JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 tests/parallel/test_eight_devices.py $(PYTEST_ARGS)
 
 faults: $(STAMP) ## Kill a training run at random instants, 20 times (FAULTS_ARGS="--kills 3"), and compare every bit
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.faults.random_kills $(FAULTS_ARGS)

@@ -62,7 +62,7 @@ def test_modules_and_layer_0_equal_the_reference(rng):
             attended,
         ),
         "mlp": (
-            GatedMLP(c.mlp_width, False, *full).apply({"params": layer["mlp"]}, x),
+            GatedMLP(c.mlp_width, False, ("batch", "tokens"), *full).apply({"params": layer["mlp"]}, x),
             lambda model: first(model)[0].mlp(first(model)[1]),
         ),
         "layer 0": (

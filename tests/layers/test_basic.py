@@ -31,7 +31,7 @@ def test_a_row_of_zeros_has_finite_gradients_through_the_norm():
 
 
 def test_kernels_start_with_a_spread_of_one_over_the_root_of_their_inputs():
-    mlp = GatedMLP(512, False, jnp.float32, jnp.float32)
+    mlp = GatedMLP(512, False, ("batch",), jnp.float32, jnp.float32)
     params = mlp.init(jax.random.key(0), jnp.zeros((1, 128)))["params"]
     assert float(params["gate"]["kernel"].std()) == pytest.approx(128**-0.5, rel=0.05)
     assert float(params["down"]["kernel"].std()) == pytest.approx(512**-0.5, rel=0.05)
@@ -39,7 +39,7 @@ def test_kernels_start_with_a_spread_of_one_over_the_root_of_their_inputs():
 
 
 def test_parameters_and_computation_have_types_of_their_own(key):
-    mlp = GatedMLP(16, True, jnp.bfloat16, jnp.float32)
+    mlp = GatedMLP(16, True, ("batch",), jnp.bfloat16, jnp.float32)
     x = jnp.ones((2, 8))
     params = mlp.init(key, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
@@ -51,7 +51,7 @@ class Body(nn.Module):
 
     @nn.compact
     def __call__(self, x, double: bool):
-        mlp = GatedMLP(8, False, jnp.float32, jnp.float32, name="mlp")
+        mlp = GatedMLP(8, False, ("batch",), jnp.float32, jnp.float32, name="mlp")
         return x + (2 if double else 1) * mlp(x), None
 
 

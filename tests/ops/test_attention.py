@@ -1,17 +1,25 @@
 """The attention door: the reference against float64 arithmetic, the choice of kernels, the kernels."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh
 
 from tracevision_jax.ops.attention import IMPLEMENTATIONS, attention, attention_mesh, choose
 from tracevision_jax.ops.attention_call import AttentionCall, attend_xla, attend_xla_in_blocks
-from tracevision_jax.ops.attention_kernels import Placement, attend_cudnn, attend_splash
+from tracevision_jax.ops.attention_kernels import attend_cudnn, attend_splash, why_not_splash
+from tracevision_jax.ops.placement import Placement
 
+ROOT = Path(__file__).resolve().parents[2]
 HERE = Placement(None, (), (), "cpu")
 TPU = Placement(None, (), (), "tpu")
 GPU = Placement(None, (), (), "gpu")
@@ -190,3 +198,51 @@ def test_the_call_of_cudnn_means_what_the_reference_does(rng, monkeypatch, packe
     call = AttentionCall(q, k, v, 0.3, q_segments=segments, kv_segments=segments, causal=True)
     ours, expected = attend_cudnn(call, GPU), attend_xla(call)
     np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(expected, np.float32), atol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def on_mesh() -> dict:
+    """What `attention_on_mesh.py` prints in a process of four virtual devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.ops.attention_on_mesh"],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["splash", "cudnn", "xla"])
+def test_queries_cut_over_context_give_the_results_and_gradients_of_whole_ones(on_mesh, name, causal):
+    result, *gradients = on_mesh[f"{name} {causal}"]
+    assert result < 1e-5, result
+    assert max(gradients) < 1e-5, gradients
+
+
+def test_splash_takes_a_shards_own_queries_and_all_keys(on_mesh):
+    """Of 4 heads and 256 queries cut over 2 x 2 devices, with channels padded to 128; 2 heads of keys."""
+    assert on_mesh["chosen"] == "splash"
+    assert on_mesh["kernel takes"] == ["2x128x128", "1x256x128", "1x256x128"]
+
+
+def test_queries_that_cannot_be_cut_are_refused_with_the_reason(rng):
+    mesh = AbstractMesh((1, 2), ("data", "context"))
+    cut = Placement(mesh, ("data",), (), "tpu", ("context",))
+    call = AttentionCall(*draw(rng, queries=128, keys=128), 1.0)
+    assert why_not_splash(call, cut) == "length 128 is no multiple of 128 x 2 over ('context',)"
+    assert why_not_splash(call, cut.of("rows", 2)) is None
+    assert why_not_splash(AttentionCall(*draw(rng, queries=256, keys=256), 1.0), cut) is None
+
+
+def test_sets_take_every_mesh_axis_that_divides_them():
+    mesh = AbstractMesh((2, 2, 3), ("data", "fsdp", "context"))
+    given = Placement(mesh, ("data", "fsdp"), (), "tpu", ("context",), ("data", "fsdp", "context"))
+    assert given.of("sets", 24).batch_axes == ("data", "fsdp", "context")
+    assert given.of("sets", 8).batch_axes == ("data", "fsdp")
+    assert given.of("sets", 6).batch_axes == ("data", "context")
+    assert given.of("sets", 24).token_axes == ()
+    assert given.of("tokens", 24) == given

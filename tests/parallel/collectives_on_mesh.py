@@ -1,6 +1,7 @@
-"""Run in a process of eight virtual devices: the collectives of a compiled TraceVision step on a given mesh.
+"""Run in a process of as many virtual devices as a given mesh has: collectives and FLOPs of a TraceVision step.
 
-Prints one JSON line: {"parameters": {path: [shape, axes]}, "collectives": [collective, ...]}.
+Prints one JSON line: {"parameters": {path: [shape, axes]}, "collectives": [collective, ...], "executed": FLOPs of all
+chips' compiled products, "counted": FLOPs that the step has, what is computed again among them}.
 """
 
 import dataclasses
@@ -10,12 +11,12 @@ import sys
 import jax
 
 from tests.parallel.small_tracevision import small_system
-from tracevision_jax.parallel.collectives import collectives
+from tracevision_jax.parallel.ahead_of_time import costs
 from tracevision_jax.parallel.hlo import parse
 from tracevision_jax.parallel.mesh import MeshConfig, make_mesh
 from tracevision_jax.parallel.rules import PARAMETERS, spec_of
 from tracevision_jax.records.batch import Bucket
-from tracevision_jax.training.ahead_of_time import lowered_step
+from tracevision_jax.training.ahead_of_time import training_program
 from tracevision_jax.training.parameters import flatten
 from tracevision_jax.training.recipe import TrainRecipe
 
@@ -34,9 +35,15 @@ def main(sizes: dict[str, int]) -> None:
         path: (leaf.shape, tuple(spec_of(path, leaf.shape, PARAMETERS) or ())) for path, leaf in shapes.items()
     }
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
-    lower, _ = lowered_step(system, recipe, BUCKET, ROWS, mesh)
-    uses = collectives(parse(lower().compile().as_text()), dict(mesh.shape))
-    print(json.dumps({"parameters": parameters, "collectives": [dataclasses.asdict(use) for use in uses]}))
+    program = training_program(system, recipe, BUCKET, ROWS, mesh)
+    found = costs(parse(program.lower().compile().as_text()), mesh)
+    outcome = {
+        "parameters": parameters,
+        "collectives": [dataclasses.asdict(use) for use in found.uses],
+        "executed": found.flops * mesh.size,
+        "counted": program.flops.model_full_square + program.flops.recomputed,
+    }
+    print(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,18 @@ def test_attention_kernels_are_counted_by_their_shapes(name, origin, products):
     assert kernel_products(call_in(text)) == (None if products is None else products * one)
 
 
+def test_of_kernels_on_cut_queries_the_one_that_sees_most_counts():
+    """The second of two shards of 2,048 queries of 7 heads: of its four keys' blocks of 512 it sees 3 and 4."""
+    queries, keys = "bf16[1,7,1024,128]", "bf16[1,2,2048,128]"
+    text = (
+        f"HloModule m\n\nENTRY %main (m: s8[1,2,4], q: {queries}, k: {keys}) -> {queries} {{\n"
+        f"  %m = s8[1,2,4] parameter(0)\n  %q = {queries} parameter(1)\n  %k = {keys} parameter(2)\n"
+        f'  ROOT %y = {queries} custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call", '
+        'metadata={op_name="jit(step)/language/attn/splash_mha_fwd_segmented_residuals"}\n}\n'
+    )
+    assert kernel_products(call_in(text)) == 2 * 2 * 7 * 1024 * (3.5 * 512) * 128
+
+
 @pytest.mark.parametrize(
     ("target", "mask", "products"),
     [

@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MESH = {"fsdp": 4, "tensor": 2}
 """Along both axes that parameters are cut over."""
+MESH_OF_TOKENS = {"fsdp": 2, "context": 2}
 WIDTH = 32
 """Of the residual streams of `small_tracevision`: language model, tower and TVP."""
 MERGED = 4 * WIDTH
@@ -63,12 +64,12 @@ EXPECTED = (
 )
 
 
-@pytest.fixture(scope="module")
-def found() -> dict:
-    """What `collectives_on_mesh.py` prints in a process of eight virtual devices."""
-    wanted = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+def compiled(mesh: dict[str, int]) -> dict:
+    """What `collectives_on_mesh.py` prints in a process of virtual devices."""
+    count = f"--xla_force_host_platform_device_count={math.prod(mesh.values())}"
+    wanted = f"{count} --xla_backend_optimization_level=0"
     result = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.collectives_on_mesh", json.dumps(MESH)],
+        [sys.executable, "-m", "tests.parallel.collectives_on_mesh", json.dumps(mesh)],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {wanted}", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -76,6 +77,12 @@ def found() -> dict:
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """On `MESH`."""
+    return compiled(MESH)
 
 
 def why(use: dict, array: str) -> str | None:
@@ -124,3 +131,10 @@ def test_a_step_has_the_collectives_that_its_layout_needs_and_no_other(found):
     assert reasons["slices of looked-up rows for whole rows"] == 2 * LOOKUPS  # there and, as gradients, back
     assert reasons["which rows of a table to look up"] == LOOKUPS
     assert 0 < reasons["a sum over heads or MLP columns"] <= SUMS_OVER_TENSOR
+
+
+def test_chips_along_context_share_all_the_work():
+    """Every product of the step is computed once by all chips together, so each of two along context does half."""
+    found = compiled(MESH_OF_TOKENS)
+    print(f"executed {found['executed']:.5e}, counted {found['counted']:.5e}")
+    assert 1 <= found["executed"] / found["counted"] < 1.01

@@ -96,7 +96,7 @@ def test_each_module_equals_the_reference(rng):
             lambda model: model.blocks[3].attn(as_in(model, states), **rotary(model, as_in(model, states))),
         ),
         "mlp": (
-            GatedMLP(v.mlp_width, True, *full).apply(mlp, x)[0],
+            GatedMLP(v.mlp_width, True, ("sets", None), *full).apply(mlp, x)[0],
             lambda model: model.blocks[3].mlp(as_in(model, states)),
         ),
         "block": (

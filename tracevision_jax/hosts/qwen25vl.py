@@ -248,6 +248,7 @@ def place_features(
     index: Int[Array, "batch tokens"],
 ) -> Float[Array, "batch tokens width"]:
     """Replace the embeddings of tokens with `index` >= 0 by the feature of that number in their row."""
+    features = constrain(features, "batch", None, "width")  # whole rows: any token may name any feature
     chosen = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
     placed = jnp.where((index >= 0)[..., None], chosen.astype(embeddings.dtype), embeddings)
     return constrain(placed, "batch", "tokens", "width")

@@ -54,12 +54,12 @@ class SelfAttention(nn.Module):
             keys, values = write_rows(keys, layer, k, lengths), write_rows(values, layer, v, lengths)
             store = (keys, values, lengths)
         if store is None or fresh:
-            mixed = attention(q, k, v, q_segments=segments, causal=True)
+            mixed = attention(q, k, v, q_segments=segments, causal=True, cut="tokens")
         else:
             keys, values, lengths = store
             rows = lengths[:, None] + jnp.arange(x.shape[1])
             past = (array[layer].swapaxes(1, 2).astype(q.dtype) for array in (keys, values))
-            mixed = attention(q, *past, causal=True, q_positions=rows)
+            mixed = attention(q, *past, causal=True, q_positions=rows, cut="tokens")
         mixed = constrain(mixed, "batch", "tokens", "heads", None)
         return projection("o", c.width, axis=(-2, -1), bias=False, **options)(mixed), store
 
@@ -78,7 +78,7 @@ class DecoderLayer(nn.Module):
         mixed, store = SelfAttention(c, name="attn")(normed, angles, segments, store, layer, fresh)
         x = constrain(x + mixed, "batch", "tokens", "width")
         normed = RMSNorm(c.norm_eps, name="mlp_norm", **options)(x)
-        x = x + GatedMLP(c.mlp_width, bias=False, name="mlp", **options)(normed)
+        x = x + GatedMLP(c.mlp_width, bias=False, axes=("batch", "tokens"), name="mlp", **options)(normed)
         return (constrain(x, "batch", "tokens", "width"), store), None
 
 
@@ -104,6 +104,11 @@ class AddedTokens(nn.Module):
         shape, kind = (c.added_tokens, c.width), jnp.dtype(c.param_dtype)
         draw = nn.initializers.normal(c.width**-0.5)
         return self.param("embedding", draw, shape, kind), self.param("head", draw, shape, kind)
+
+
+def _between(x: Float[Array, "*rows width"]) -> tuple[str | None, ...]:
+    """Names of the axes between rows and the last one: tokens, where there is one."""
+    return ("tokens",) if x.ndim == 3 else (None,) * (x.ndim - 2)
 
 
 class LanguageModel(nn.Module):
@@ -181,7 +186,7 @@ class LanguageModel(nn.Module):
         kind = jnp.dtype(c.dtype)
         kernel = self.embed_base.embedding.T if c.tied else self.head()
         hidden = hidden.astype(kind)
-        between = (None,) * (hidden.ndim - 2)
+        between = _between(hidden)
         base = jnp.matmul(hidden, kernel.astype(kind), preferred_element_type=jnp.float32)
         base = constrain(base, "batch", *between, "vocab")
         if not c.added_tokens:
@@ -198,7 +203,7 @@ class LanguageModel(nn.Module):
             return base
         ((first, ours),) = added
         logits = jnp.concatenate([base[..., :first], ours], axis=-1)
-        return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
+        return constrain(logits, "batch", *_between(logits), "vocab")
 
     def initialise(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens output"]:
         """Touch every parameter, for `init`: embed, run, logits."""

@@ -117,6 +117,8 @@ class GatedMLP(nn.Module):
 
     hidden: int
     bias: bool
+    axes: tuple[str | None, ...]
+    """Logical names of the axes before the width, see `layers/sharding.py`."""
     dtype: Any
     param_dtype: Any
 
@@ -126,5 +128,5 @@ class GatedMLP(nn.Module):
         gate = projection("gate", self.hidden, **options)(x)
         up = projection("up", self.hidden, **options)(x)
         hidden = nn.silu(gate) * up
-        hidden = constrain(hidden, "batch", *(None,) * (hidden.ndim - 2), "mlp")
+        hidden = constrain(hidden, *self.axes, "mlp")
         return projection("down", x.shape[-1], **options)(hidden)

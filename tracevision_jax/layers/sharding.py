@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from tracevision_jax.ops.attention import attention_mesh
+from tracevision_jax.ops.placement import dividing
 
 AXIS_NAMES = (
     "batch",
@@ -26,13 +27,12 @@ AXIS_NAMES = (
     "head_dim",
     "mlp",
     "vocab",
-    "frames",
-    "windows",
-    "slots",
+    "sets",
     "copies",
     "sliced_width",
 )
-"""The logical axes that model code may name."""
+"""The logical axes that model code may name. "sets" are frames, windows or masks of all rows as one axis: they know
+nothing of each other, so that any mesh axis may hold some."""
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -55,7 +55,8 @@ def activation_sharding(mesh: Mesh, rules: Rules, platform: str | None = None) -
         raise ValueError(f"no logical axes: {', '.join(unknown)}; known are {', '.join(AXIS_NAMES)}")
     token = _active.set((mesh, rules))
     try:
-        with attention_mesh(mesh, _mesh_axes(rules, "batch"), _mesh_axes(rules, "heads"), platform):
+        axes = {name: _mesh_axes(rules, name) for name in ("batch", "heads", "tokens", "sets")}
+        with attention_mesh(mesh, axes["batch"], axes["heads"], platform, axes["tokens"], axes["sets"]):
             yield
     finally:
         _active.reset(token)
@@ -63,7 +64,7 @@ def activation_sharding(mesh: Mesh, rules: Rules, platform: str | None = None) -
 
 def may_merge(mesh: Mesh | AbstractMesh, rules: Rules) -> bool:
     """Whether no axis that follows an array's first is split over the mesh: neither tokens nor heads."""
-    inner = ("tokens", "frames", "windows", "slots", "heads", "kv_heads", "mlp")
+    inner = ("tokens", "heads", "kv_heads", "mlp")
     return all(mesh.shape[axis] == 1 for name in inner for axis in _mesh_axes(rules, name))
 
 
@@ -77,15 +78,11 @@ def layout(
     shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | AbstractMesh, rules: Rules
 ) -> PartitionSpec:
     """Return the layout of an array: a mesh axis is used once, and only where it divides the axis."""
-    spec, used = [], set()
+    spec, used = [], []
     for size, name in zip(shape, names, strict=True):
-        taken = []
-        for axis in _mesh_axes(rules, name):
-            if axis not in used and size % mesh.shape[axis] == 0:
-                taken.append(axis)
-                used.add(axis)
-                size //= mesh.shape[axis]
-        spec.append(tuple(taken) or None)
+        taken = dividing(mesh, _mesh_axes(rules, name), size, used)
+        used += taken
+        spec.append(taken or None)
     return PartitionSpec(*spec)
 
 

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tracevision_jax.ops.attention_call import AttentionCall, attend_xla, attend_xla_in_blocks
+from tracevision_jax.ops.attention_call import AttentionCall, attend_xla_in_blocks
 from tracevision_jax.ops.attention_kernels import (
-    Placement,
     attend_cudnn,
+    attend_reference,
     attend_splash,
     why_not_cudnn,
     why_not_splash,
 )
+from tracevision_jax.ops.placement import Cut, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("splash", why_not_splash, attend_splash),
     Implementation("cudnn", why_not_cudnn, attend_cudnn),
     Implementation("xla in blocks", why_not_blocks, lambda call, placement: attend_xla_in_blocks(call)),
-    Implementation("xla", lambda call, placement: None, lambda call, placement: attend_xla(call)),
+    Implementation("xla", lambda call, placement: None, attend_reference),
 )
 
 _placement: ContextVar[Placement | None] = ContextVar("attention_placement", default=None)
@@ -68,13 +69,15 @@ def attention_mesh(
     batch_axes: tuple[str, ...] = (),
     head_axes: tuple[str, ...] = (),
     platform: str | None = None,
+    token_axes: tuple[str, ...] = (),
+    set_axes: tuple[str, ...] = (),
 ) -> Iterator[None]:
-    """Say where attention traced inside will run: the mesh, and the axes over which rows and heads are split.
+    """Say where attention traced inside will run: the mesh, and its axes that split rows, heads, queries and sets.
 
     `platform` overrides the platform of the mesh's devices.
     """
     of_mesh = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    token = _placement.set(Placement(mesh, batch_axes, head_axes, platform or of_mesh))
+    token = _placement.set(Placement(mesh, batch_axes, head_axes, platform or of_mesh, token_axes, set_axes))
     try:
         yield
     finally:
@@ -105,13 +108,15 @@ def attention(
     causal: bool = False,
     q_positions: Int[Array, "batch queries"] | None = None,
     kv_lengths: Int[Array, "batch"] | None = None,
+    cut: Cut = "rows",
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Scaled dot-product attention with grouped heads (`heads` a multiple of `kv_heads`).
 
     A key is seen when all hold: its segment equals the query's and is not 0 (0 is padding; `kv_segments`
     defaults to `q_segments` when the lengths agree); with `causal`, its row is at most the query's
     (`q_positions`, default the query's own row); its row is below `kv_lengths`. `bias` is added to the scaled
-    scores. Queries that see no key give 0. Raises ValueError for shapes that do not fit.
+    scores. Queries that see no key give 0. `cut` says what a mesh may split, see `placement.py`. Raises
+    ValueError for shapes that do not fit.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads")
@@ -125,7 +130,7 @@ def attention(
         q, k, v, scale if scale is not None else q.shape[-1] ** -0.5,
         bias, q_segments, kv_segments, causal, q_positions, kv_lengths,
     )  # fmt: skip
-    placement = _placement.get() or Placement(None, (), (), jax.default_backend())
+    placement = (_placement.get() or Placement(None, (), (), jax.default_backend())).of(cut, q.shape[0])
     return choose(call, placement).run(call, placement)
 
 

@@ -48,8 +48,9 @@ def token_cross_entropy(
     padding = -tokens % chunk
 
     def fold(x):
+        # A chunk is every n-th token of a row: where a mesh cuts rows, each device has its share of every chunk.
         x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunk, -1, *x.shape[2:]), 2, 0)
 
     losses, correct = jax.lax.map(lambda x: jax.checkpoint(sums)(*x), (fold(hidden), fold(targets), fold(weights)))
     return losses.sum(), correct.sum()

@@ -239,7 +239,8 @@ def kernel_products(step: Step) -> float | None:
     """FLOPs of one run of an attention kernel, channels padded as it has them; None for an unknown one.
 
     Causal attention, that of language models, leaves the blocks above the diagonal out; cuDNN does so only where it is
-    told, and not where packed rows go in as a mask.
+    told, and not where packed rows go in as a mask. Where queries are cut, it is the chip with the last of them that
+    counts: it has the most to see, and the others wait for it.
     """
     name = kernel_name(step)
     if name is None:
@@ -249,14 +250,15 @@ def kernel_products(step: Step) -> float | None:
         pairs = math.prod(map(int, re.findall(r"\d+", scores.group(1)))) * operands[0].shapes[0].dims[-1]
         causal = re.search(r'"mask_type":\s*"CAUSAL"', step.instruction.attributes)
         return dict(KERNELS)[name] * 2.0 * pairs * (0.5 if causal else 1.0)
-    arrays = [shape.dims for operand in operands for shape in operand.shapes if len(shape.dims) >= 3]
-    arrays = [dims for dims in arrays if dims[-1] > 1 and dims[-2] > 1]
+    shapes = [shape for operand in operands for shape in operand.shapes]
+    arrays = [shape.dims for shape in shapes if len(shape.dims) >= 3 and re.match("b?f", shape.kind)]
     if not arrays:
         return None
-    queries = max(arrays, key=math.prod)
-    length = max(queries[-2], queries[-3])
+    queries, keys = arrays[0], arrays[min(1, len(arrays) - 1)]
+    length = max(keys[-2], keys[-3])
     blocks = max(length // SPLASH_BLOCK_LIMIT, 1)
-    share = (blocks + 1) / (2 * blocks) if "language" in step.instruction.origin else 1.0
+    cut = blocks * max(queries[-2], queries[-3]) / length
+    share = (2 * blocks - cut + 1) / (2 * blocks) if "language" in step.instruction.origin else 1.0
     return dict(KERNELS)[name] * 2.0 * math.prod(queries) * length * share
 
 

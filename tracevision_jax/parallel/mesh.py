@@ -3,7 +3,7 @@
 - `data`: copies of the parameters, each with rows of its own;
 - `fsdp`: rows of its own as well, and parameters, gradients and optimizer state in slices;
 - `tensor`: heads and MLP columns in slices;
-- `context`: tokens of a row in slices.
+- `context`: tokens of a row in slices; frames and masks as well, together with the rows.
 
 The axes are of type Auto: the compiler places what `rules.py` and the models' constraints leave open
 (`jax.make_mesh` would make them Explicit).

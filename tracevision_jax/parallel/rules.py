@@ -85,6 +85,7 @@ ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
     "copies": "data",
     "sliced_width": "fsdp",
     "tokens": "context",
+    "sets": ("data", "fsdp", "context"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",

@@ -88,7 +88,7 @@ class PixelDecoder(nn.Module):
         tokens = nn.Dense(config.width, name="token_out", **kinds)(hidden)
         tokens = tokens.reshape(rows * masks, SCALES, config.tokens_per_scale, config.width)
         level_code = self.param("level_code", nn.initializers.normal(0.02), (SCALES, config.width), self.param_dtype)
-        tokens = constrain(tokens + level_code.astype(self.dtype)[:, None], "batch", None, None, None)
+        tokens = constrain(tokens + level_code.astype(self.dtype)[:, None], "sets", None, None, None)
 
         coarse = self._scale(0, self._neck(0, deep, frame), tokens[:, 0], None, upsamplings=1)
         fine = self._scale(1, self._neck(1, shallow, frame), tokens[:, 1], coarse, upsamplings=config.fine_upsamplings)
@@ -105,12 +105,13 @@ class PixelDecoder(nn.Module):
         image = nn.Dense(config.width, use_bias=False, name=f"neck_in_{level}", **kinds)(features.astype(self.dtype))
         image = nn.LayerNorm(NORM_EPS, name=f"neck_norm_{level}", **kinds)(image)
         image = image.reshape(rows * frames, side, side, -1)
-        image = nn.Conv(config.width, (3, 3), use_bias=False, name=f"neck_out_{level}", **kinds)(image)
+        image = nn.Conv(config.width, (3, 3), use_bias=False, name=f"neck_out_{level}", **kinds)(
+            constrain(image, "sets", None, None, None)
+        )
         image = nn.LayerNorm(NORM_EPS, name=f"neck_out_norm_{level}", **kinds)(image)
-        image = image.reshape(rows, frames, side, side, -1)
-        image = constrain(image, "batch", *(None,) * 4)
+        image = constrain(image, "batch", None, None, None).reshape(rows, frames, side, side, -1)
         chosen = jnp.take_along_axis(image, frame[:, :, None, None, None], axis=1)
-        return constrain(chosen.reshape(frame.size, side, side, -1), "batch", None, None, None)
+        return constrain(chosen.reshape(frame.size, side, side, -1), "sets", None, None, None)
 
     def _scale(self, level, image, tokens, coarse, upsamplings):
         """One scale: modulation by the coarse mask, two-way transformer, mask head; float32 logits."""
@@ -125,7 +126,7 @@ class PixelDecoder(nn.Module):
             name=f"two_way_{level}", **kinds,
         )  # fmt: skip
         tokens, cells = transformer(tokens, image.reshape(image.shape[0], side * side, -1), code)
-        image = constrain(cells.reshape(image.shape), "batch", None, None, None)
+        image = constrain(cells.reshape(image.shape), "sets", None, None, None)
         width = config.width
         for step in range(upsamplings):
             width = width // 4 if step == 0 else width // 2

@@ -338,13 +338,14 @@ class TraceVision:
         layer = self.config.guided_layer
         kept = [] if layer is None else ["intermediates"]
         (hidden, masks), seen = self.model.apply({"params": params}, batch, mutable=kept)
+        most = self.config.processor.learned_tokens(hidden.shape[1])
+        if most < hidden.shape[1]:
+            hidden = constrain(hidden, "batch", None, "width")  # whole rows: any of their tokens may be learned
+        learned, targets, weights = learned_first(most, hidden, batch.targets, batch.target_weights)
         text, correct = token_cross_entropy(
-            *learned_first(
-                self.config.processor.learned_tokens(hidden.shape[1]),
-                hidden,
-                batch.targets,
-                batch.target_weights,
-            ),
+            constrain(learned, "batch", "tokens", "width"),
+            targets,
+            weights,
             lambda rows: apply(rows, method="logit_parts"),
             self.config.logit_chunk,
         )

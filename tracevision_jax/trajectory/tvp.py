@@ -63,6 +63,8 @@ class CrossAttention(nn.Module):
     heads: int
     position_gain: float
     identity_values: bool
+    axes: tuple[str | None, str | None]
+    """Logical names of the axes of queries and keys: a mesh may cut visual tokens, and not the few points."""
     dtype: Any
     param_dtype: Any
 
@@ -92,16 +94,18 @@ class CrossAttention(nn.Module):
         q = project("q")(queries) + place(query_positions)
         k = project("k")(keys) + place(key_positions)
         v = project("v", _identity if self.identity_values else spread)(keys)
-        q, k, v = (constrain(x, "batch", None, "heads", None) for x in (q, k, v))
+        asking, asked = self.axes
+        q = constrain(q, "batch", asking, "heads", None)
+        k, v = (constrain(x, "batch", asked, "heads", None) for x in (k, v))
         logits = jnp.einsum("rqhd,rkhd->rhqk", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
         if bias is not None:
             logits = logits + bias
-        weights = _masked_softmax(constrain(logits, "batch", "heads", None, None), mask[:, None])
+        weights = _masked_softmax(constrain(logits, "batch", "heads", asking, asked), mask[:, None])
         mixed = jnp.einsum("rhqk,rkhd->rqhd", weights.astype(v.dtype), v)
-        mixed = constrain(mixed, "batch", None, "heads", None)
+        mixed = constrain(mixed, "batch", asking, "heads", None)
         out_init: Any = _identity if self.identity_values else spread
         out = nn.DenseGeneral(width, axis=(-2, -1), name="o", kernel_init=out_init, **kinds)(mixed)
-        return constrain(out, "batch", None, None), weights
+        return constrain(out, "batch", asking, None), weights
 
 
 def _identity(key, shape, dtype=jnp.float32):
@@ -142,13 +146,13 @@ class TVPBlock(nn.Module):
         def norm(name):
             return RMSNorm(1e-6, name=name, **kinds)
 
-        def cross(name, identity):
-            return CrossAttention(config.heads, config.position_gain, identity, name=name, **kinds)
+        def cross(name, identity, axes):
+            return CrossAttention(config.heads, config.position_gain, identity, axes, name=name, **kinds)
 
         maps = {}
         if config.direction in ("both", "trace_to_vision"):
             gamma = self.param("gamma", nn.initializers.zeros, (config.width,), self.param_dtype)
-            enhancement, maps["trace_to_vision"] = cross("enhance", False)(
+            enhancement, maps["trace_to_vision"] = cross("enhance", False, ("tokens", None))(
                 norm("enhance_visual_norm")(visual),
                 norm("enhance_trace_norm")(points),
                 visual_places,
@@ -158,7 +162,7 @@ class TVPBlock(nn.Module):
             )
             visual = visual + gamma.astype(self.dtype) * enhancement
         if config.direction in ("both", "vision_to_trace"):
-            refinement, maps["vision_to_trace"] = cross("refine", True)(
+            refinement, maps["vision_to_trace"] = cross("refine", True, (None, "tokens"))(
                 norm("refine_trace_norm")(points),
                 norm("refine_visual_norm")(visual),
                 point_places,
@@ -169,7 +173,7 @@ class TVPBlock(nn.Module):
             hidden = nn.Dense(config.mlp_width, name="ffn_in", **kinds)(norm("ffn_norm")(points))
             hidden = constrain(hidden, "batch", None, "mlp")
             points = points + refinement + nn.Dense(config.width, name="ffn_out", **kinds)(nn.gelu(hidden))
-        return constrain(visual, "batch", None, None), constrain(points, "batch", None, None), maps
+        return constrain(visual, "batch", "tokens", None), constrain(points, "batch", None, None), maps
 
 
 class TVP(nn.Module):
@@ -209,7 +213,7 @@ class TVP(nn.Module):
         """
         config = self.config
         rows, frames, units, width = visual.shape
-        flat = constrain(visual.reshape(rows, frames * units, width), "batch", None, None)
+        flat = constrain(visual.reshape(rows, frames * units, width), "batch", "tokens", None)
         real = point_trace > 0
         traced = self._embed(points, point_trace)
 
@@ -217,7 +221,9 @@ class TVP(nn.Module):
             return plane_features(xy, config.position_width, config.position_cycles).astype(self.dtype)
 
         mask = visual_valid.reshape(rows, -1, 1) & real[:, None, :]
-        bias = jnp.repeat(self._time_bias(frame_windows, points[..., 2]), units, axis=2)
+        # Frames are cut only once they are tokens; what little is known of them is had by all.
+        bias = constrain(self._time_bias(frame_windows, points[..., 2]), "batch", "heads", None, None)
+        bias = jnp.repeat(bias, units, axis=2)
         maps: list[dict] = []
         if config.direction == "none":
             return visual, jnp.zeros_like(traced), maps

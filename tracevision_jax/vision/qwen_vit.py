@@ -1,10 +1,10 @@
 """The vision tower of Qwen2.5-VL (Qwen2.5-VL technical report, Sec. 2.1): window and full attention, 2-D
 rotary.
 
-Frames are a batch axis throughout (no attention crosses frames); for window attention windows are one, too,
-so no mask over the full square is ever made. Blocks are nested scans: groups, and the window blocks inside a
-group. Padding is recomputed from `grid`, see `windows.py`. Use: `units, hidden = tower(patches, grid,
-after_groups=(2, 4))`.
+Frames are a batch axis throughout (no attention crosses frames), and the mesh axis `context` holds some of
+them; for window attention windows are one, too, so no mask over the full square is ever made. Blocks are
+nested scans: groups, and the window blocks inside a group. Padding is recomputed from `grid`, see
+`windows.py`. Use: `units, hidden = tower(patches, grid, after_groups=(2, 4))`.
 """
 
 import flax.linen as nn
@@ -33,11 +33,11 @@ class VisionAttention(nn.Module):
     ) -> Float[Array, "sets tokens width"]:
         c = self.config
         qkv = projection("qkv", (3, c.heads, c.head_dim), **precision(c))(x)
-        qkv = constrain(qkv, "batch", None, None, "heads", None)
+        qkv = constrain(qkv, "sets", None, None, "heads", None)
         q, k, v = apply_rotary(qkv[:, :, 0], angles), apply_rotary(qkv[:, :, 1], angles), qkv[:, :, 2]
-        q = constrain(q, "batch", None, "heads", None)
-        k = constrain(k, "batch", None, "heads", None)
-        mixed = constrain(attention(q, k, v, q_segments=segments), "batch", None, "heads", None)
+        q = constrain(q, "sets", None, "heads", None)
+        k = constrain(k, "sets", None, "heads", None)
+        mixed = constrain(attention(q, k, v, q_segments=segments, cut="sets"), "sets", None, "heads", None)
         return projection("proj", c.width, axis=(-2, -1), **precision(c))(mixed)
 
 
@@ -51,8 +51,8 @@ class VisionBlock(nn.Module):
         c = self.config
         x = x + VisionAttention(c, name="attn")(RMSNorm(c.norm_eps, name="norm1", **precision(c))(x), angles, segments)
         normed = RMSNorm(c.norm_eps, name="norm2", **precision(c))(x)
-        x = x + GatedMLP(c.mlp_width, bias=True, name="mlp", **precision(c))(normed)
-        return constrain(x, "batch", None, None), None
+        x = x + GatedMLP(c.mlp_width, bias=True, axes=("sets", None), name="mlp", **precision(c))(normed)
+        return constrain(x, "sets", None, None), None
 
 
 def _as_sets(sets: int, x: Array, angles: Array, segments: Array) -> tuple[Array, Array, Array]:
@@ -84,7 +84,8 @@ class VisionGroup(nn.Module):
         if c.window_blocks:
             stack = scanned(block, c.window_blocks, (nn.broadcast, nn.broadcast))(c, name="window")
             x, _ = stack(*_as_sets(shape[0] * shape[1], x, angles, segments))
-        x, _ = block(c, name="full")(*_as_sets(shape[0], x.reshape(shape), angles, segments))
+        x = constrain(x.reshape(shape), "sets", None, None, None)
+        x, _ = block(c, name="full")(*_as_sets(shape[0], x, angles, segments))
         x = x.reshape(shape)
         return x, (x if keep else None)
 
@@ -95,13 +96,13 @@ class Merger(nn.Module):
     config: QwenVisionConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch frames slots width"]) -> Float[Array, "batch frames units out"]:
+    def __call__(self, x: Float[Array, "frames slots width"]) -> Float[Array, "frames units out"]:
         c = self.config
         x = RMSNorm(c.norm_eps, name="norm", **precision(c))(x)
-        x = x.reshape(*x.shape[:2], -1, c.merge**2 * c.width)
+        x = x.reshape(x.shape[0], -1, c.merge**2 * c.width)
         x = nn.gelu(projection("fc1", c.merge**2 * c.width, **precision(c))(x), approximate=False)
-        x = projection("fc2", c.out_width, **precision(c))(constrain(x, "batch", None, None, "mlp"))
-        return constrain(x, "batch", "frames", None, None)
+        x = projection("fc2", c.out_width, **precision(c))(constrain(x, "sets", None, "mlp"))
+        return constrain(x, "sets", None, None)
 
 
 class VisionTower(nn.Module):
@@ -135,11 +136,12 @@ class VisionTower(nn.Module):
         segments = inside.astype(jnp.int32)
 
         embed = projection("patch_embed", c.width, bias=False, **precision(c))
-        x = embed(patches.astype(jnp.dtype(c.dtype))).reshape(batch * frames, windows, slots, c.width)
-        x = constrain(x, "batch", "windows", "slots", None)
+        patches = constrain(patches.reshape(-1, windows, slots, patch_dim), "sets", None, None, None)
+        x = constrain(embed(patches.astype(jnp.dtype(c.dtype))), "sets", None, None, None)
         groups = scanned(VisionGroup, c.groups, (nn.broadcast,) * 3)(c, name="groups")
         x, kept = groups(x, angles, segments, bool(after_groups))
-        places = (batch, frames, windows * slots, c.width)
-        units = Merger(c, name="merger")(x.reshape(places))
-        hidden = (kept[group - 1].reshape(places) for group in after_groups)
-        return units, tuple(constrain(state, "batch", "frames", None, None) for state in hidden)
+        units = Merger(c, name="merger")(x.reshape(batch * frames, windows * slots, c.width))
+        # The language model wants all frames of a row on each device that holds the row, the pixel decoder does not.
+        units = constrain(units, "batch", None, None).reshape(batch, frames, *units.shape[1:])
+        hidden = (constrain(kept[group - 1], "sets", None, None, None) for group in after_groups)
+        return units, tuple(state.reshape(batch, frames, windows * slots, c.width) for state in hidden)

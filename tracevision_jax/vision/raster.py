@@ -36,7 +36,8 @@ def features_on_square(
     rows, cols = (low[:, :, 0], high[:, :, 0]), (low[:, :, 1], high[:, :, 1])
     upper = read(rows[0], cols[0]) * (1 - right) + read(rows[0], cols[1]) * right
     lower = read(rows[1], cols[0]) * (1 - right) + read(rows[1], cols[1]) * right
-    return constrain(upper * (1 - down) + lower * down, "batch", None, None, None, None)
+    square = (upper * (1 - down) + lower * down).reshape(batch * frames, side, side, width)
+    return constrain(square, "sets", None, None, None).reshape(batch, frames, side, side, width)
 
 
 def unit_centres(
