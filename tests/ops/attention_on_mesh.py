@@ -46,7 +46,9 @@ def differences(run, arrays, causal):
     return [
         float(np.abs(ours - theirs).max())
         for ours, theirs in zip(
-            result_and_gradients(run, *arrays, causal), result_and_gradients(attend_xla, *arrays, causal), strict=True
+            result_and_gradients(run, *arrays, causal=causal),
+            result_and_gradients(attend_xla, *arrays, causal=causal),
+            strict=True,
         )
     ]
 

@@ -144,7 +144,7 @@ def test_each_platform_takes_its_first_kernel_that_supports_the_call(rng):
     assert choose(AttentionCall(q, k, v, 1.0, bias), GPU).name == "cudnn"
     assert choose(AttentionCall(q[:, :100], k[:, :100], v[:, :100], 1.0), TPU).name == "xla"
     assert choose(AttentionCall(q[:, :1], k, v, 1.0, kv_lengths=jnp.ones(2, int)), TPU).name == "xla"
-    assert choose(AttentionCall(*(x.astype(jnp.float32) for x in (q, k, v)), 1.0), GPU).name == "xla"
+    assert choose(AttentionCall(*(x.astype(jnp.float32) for x in (q, k, v)), scale=1.0), GPU).name == "xla"
     assert IMPLEMENTATIONS[-1].name == "xla"
 
 
@@ -232,10 +232,10 @@ def test_splash_takes_a_shards_own_queries_and_all_keys(on_mesh):
 def test_queries_that_cannot_be_cut_are_refused_with_the_reason(rng):
     mesh = AbstractMesh((1, 2), ("data", "context"))
     cut = Placement(mesh, ("data",), (), "tpu", ("context",))
-    call = AttentionCall(*draw(rng, queries=128, keys=128), 1.0)
+    call = AttentionCall(*draw(rng, queries=128, keys=128), scale=1.0)
     assert why_not_splash(call, cut) == "length 128 is no multiple of 128 x 2 over ('context',)"
     assert why_not_splash(call, cut.of("rows", 2)) is None
-    assert why_not_splash(AttentionCall(*draw(rng, queries=256, keys=256), 1.0), cut) is None
+    assert why_not_splash(AttentionCall(*draw(rng, queries=256, keys=256), scale=1.0), cut) is None
 
 
 def test_sets_take_every_mesh_axis_that_divides_them():
