@@ -5,10 +5,11 @@
     tracevision train tracevision_7b_stage1_5 --init-from runs/tracevision_7b_stage1 --data.root /data --mesh.fsdp 16
     tracevision train tracevision_7b_stage2 --init-from runs/tracevision_7b_stage1_5 --data.root /data --mesh.fsdp 16
 
-Hardware: the paper trains on 16 A800 (80 GB) for about 3 days in all. Expected (Table 9c, after each stage): RefCOCO
-89.2, 90.1, 90.4 P@0.5; LBM 0.165, 0.128, 0.117 on Localized Narratives COCO val. None of it has been reproduced here.
-The paper names no optimizer: AdamW without weight decay, cosine with 3 % warm-up are ours. Sources whose readers come
-later stand in the mixtures of stages 1.5 and 2, and say so at start.
+Hardware: the paper trains on 16 A800 (80 GB) for about 3 days in all. Compiled ahead of time, all three stages fit 16
+A100 of 80 GB and 256 chips of v5p, v5e or v6e (docs/scaling.md). Expected (Table 9c, after each stage): RefCOCO 89.2,
+90.1, 90.4 P@0.5; LBM 0.165, 0.128, 0.117 on Localized Narratives COCO val. None of it has been reproduced here. The
+paper names no optimizer: AdamW without weight decay, cosine with 3 % warm-up are ours. Sources whose readers come later
+stand in the mixtures of stages 1.5 and 2, and say so at start.
 """
 
 import dataclasses

@@ -104,7 +104,7 @@ def test_each_module_equals_the_reference(rng):
             lambda model: model.blocks[3](as_in(model, states), **rotary(model, as_in(model, states))),
         ),
         "merger": (
-            Merger(v).apply({"params": params["merger"]}, x[None])[0, 0],
+            Merger(v).apply({"params": params["merger"]}, x)[0],
             lambda model: model.merger(as_in(model, states)),
         ),
     }
