@@ -22,10 +22,9 @@ from tracevision_jax.training.step import create_state, make_train_step, state_s
 SCHEDULE = learning_rate_schedule(OptimizerConfig(), 10)
 
 
-def one_step(system, stage, batch, mesh, accumulation=1):
+def one_step(system, params, stage, batch, mesh, accumulation=1):
     """Loss, gradient (the momentum after one step) and the share of the parameters on one device."""
     optimizer = optax.sgd(SCHEDULE, momentum=0.9)  # less to compile than Adam, which is compiled for every mesh anew
-    params = jax.jit(system.init)(jax.random.key(0))
     places = parameter_shardings(params, mesh, PARAMETERS)
     trained, frozen_places = split(places, system.trainable(stage))
     state, frozen = create_state(system, params, optimizer, stage, seed=0)
@@ -53,22 +52,33 @@ def distance(ours, theirs):
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def main(name: str, meshes: list[dict[str, int]]) -> None:
-    """Compare the meshes with one device."""
+def subject(name: str):
+    """(system, its parameters in the memory of the host, stage, batch)."""
+    if name == "sam2":
+        from tests.systems.tiny_sam2 import clip_batch, drawn, sam2_of_two_heads
+
+        system = sam2_of_two_heads()
+        return system, drawn(system), "all", clip_batch(rows=8)
     if name == "tiny":
         system, stage, batch = Deterministic(), "all", random_batch(16)
     else:
         from tests.parallel.small_tracevision import small_batch, small_system
 
         system, stage, batch = small_system(), "stage1_5", small_batch(8)
+    return system, jax.device_get(jax.jit(system.init)(jax.random.key(0))), stage, batch
+
+
+def main(name: str, meshes: list[dict[str, int]]) -> None:
+    """Compare the meshes with one device."""
+    given = subject(name)
     with jax.default_matmul_precision("highest"):
-        loss, gradient, _ = one_step(system, stage, batch, make_mesh(MeshConfig(), jax.devices()[:1]))
+        loss, gradient, _ = one_step(*given, make_mesh(MeshConfig(), jax.devices()[:1]))
         found = {}
         for sizes in meshes:
             accumulation = sizes.pop("accumulation", 1)
             mesh = make_mesh(MeshConfig(**sizes))
             try:
-                other_loss, other_gradient, share = one_step(system, stage, batch, mesh, accumulation)
+                other_loss, other_gradient, share = one_step(*given, mesh, accumulation)
             except UserError as error:
                 found[json.dumps(sizes)] = {"refused": str(error)}
                 continue

@@ -57,6 +57,7 @@ def test_the_meshes_cover_every_pair_of_axes():
     [
         ("tiny", [{"data": 8}, {"fsdp": 4, "tensor": 2, "accumulation": 2}]),
         pytest.param("tracevision", EVERY_MESH if LONG else EVERY_PAIR, marks=pytest.mark.slow),
+        pytest.param("sam2", EVERY_MESH if LONG else EVERY_PAIR, marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_give_the_loss_and_gradient_of_one(system, meshes):
@@ -72,4 +73,5 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(system, meshes):
         assert outcome["gradient"] <= TOLERANCE, (name, outcome)
         cut = mesh["fsdp"] * mesh["tensor"] > 1
         assert (outcome["share"] < 1) == cut, (name, outcome)
-        assert outcome["share"] < 0.75 or mesh["fsdp"] == 1, (name, outcome)
+        most = 0.9 if system == "sam2" else 0.75  # of SAM 2 only the image encoder's blocks are cut
+        assert outcome["share"] < most or mesh["fsdp"] == 1, (name, outcome)

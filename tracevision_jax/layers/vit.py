@@ -32,5 +32,5 @@ class GeluMLP(nn.Module):
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = nn.gelu(projection("proj_in", self.hidden, **options)(x), approximate=False)
-        hidden = constrain(hidden, "batch", *(None,) * (hidden.ndim - 2), "mlp")
+        hidden = constrain(hidden, "sets", *(None,) * (hidden.ndim - 2), "mlp")
         return projection("proj_out", x.shape[-1], **options)(hidden)

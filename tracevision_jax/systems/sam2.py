@@ -27,6 +27,7 @@ from tracevision_jax.errors import UserError
 from tracevision_jax.hosts import sam2_video
 from tracevision_jax.hosts.sam import Maps, Prompts, SegmentAnything, init_params
 from tracevision_jax.hosts.sam_presets import SegmentAnythingConfig
+from tracevision_jax.layers.sharding import constrain
 from tracevision_jax.nearest import suggest
 from tracevision_jax.ops.interpolation import resize_masks
 from tracevision_jax.records.clips import ClipBatch, ClipBucket, empty_batch
@@ -238,7 +239,8 @@ class Sam2:
         """Maps of all frames, (videos, time, ...)."""
         videos, time = frames.shape[:2]
         maps = self._apply(params, "encode", normalised(frames).reshape(-1, *frames.shape[2:]))
-        return jax.tree.map(lambda x: x.reshape(videos, time, *x.shape[1:]), maps)
+        whole = jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), maps)  # a clip's frames together
+        return jax.tree.map(lambda x: x.reshape(videos, time, *x.shape[1:]), whole)
 
     def _frame(self, params: Params, prompting: Prompting, banks: MemoryBank, given: Any) -> tuple[MemoryBank, Scalars]:
         """One frame of every clip: prompted or tracked, corrected where it is its turn, scored, and remembered."""

@@ -66,12 +66,12 @@ class HieraAttention(nn.Module):
         sets, height, width, _ = x.shape
         shape = (plan.heads, plan.out_width // plan.heads)
         qkv = projection("qkv", (3, *shape), **precision(c))(x.reshape(sets, height * width, plan.in_width))
-        q, k, v = (constrain(qkv[:, :, part], "batch", None, "heads", None) for part in range(3))
+        q, k, v = (constrain(qkv[:, :, part], "sets", None, "heads", None) for part in range(3))
         if plan.pools:
             q = pool_max(q.reshape(sets, height, width, *shape))
             height, width = q.shape[1:3]
             q = q.reshape(sets, height * width, *shape)
-        mixed = constrain(attention(q, k, v), "batch", None, "heads", None)
+        mixed = constrain(attention(q, k, v, cut="sets"), "sets", None, "heads", None)
         mixed = projection("proj", plan.out_width, axis=(-2, -1), **precision(c))(mixed)
         return mixed.reshape(sets, height, width, plan.out_width)
 
@@ -96,7 +96,7 @@ class HieraBlock(nn.Module):
         x = x + (from_windows(mixed, *x.shape[:3]) if plan.window else mixed)
         normed = layer_norm("layer_norm2", c.norm_eps, **precision(c))(x)
         x = x + GeluMLP(c.mlp_ratio * plan.out_width, name="mlp", **precision(c))(normed)
-        return constrain(x, "batch", None, None, None)
+        return constrain(x, "sets", None, None, None)
 
 
 class Hiera(nn.Module):
@@ -117,7 +117,7 @@ class Hiera(nn.Module):
             **precision(c),
         )
         x = embed(pixels.astype(jnp.dtype(c.dtype)))
-        x = constrain(x + self._positions(*x.shape[1:3]).astype(x.dtype), "batch", None, None, None)
+        x = constrain(x + self._positions(*x.shape[1:3]).astype(x.dtype), "sets", None, None, None)
         block, stages = rematerialised(HieraBlock, c.remat, prevent_cse=True), []
         for number, plan in enumerate(c.plan()):
             x = block(c, plan, name=f"blocks_{number}")(x)

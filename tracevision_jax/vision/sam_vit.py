@@ -60,14 +60,14 @@ class SamAttention(nn.Module):
         c = self.config
         sets, height, width, _ = x.shape
         qkv = projection("qkv", (3, c.heads, c.head_dim), **precision(c))(x.reshape(sets, height * width, c.width))
-        q, k, v = (constrain(qkv[:, :, part], "batch", None, "heads", None) for part in range(3))
+        q, k, v = (constrain(qkv[:, :, part], "sets", None, "heads", None) for part in range(3))
         table = (nn.initializers.zeros, (2 * self.side - 1, c.head_dim), jnp.dtype(c.param_dtype))
         bias = decomposed_bias(
             q.reshape(sets, height, width, c.heads, c.head_dim),
             relative_rows(self.param("rel_pos_h", *table).astype(q.dtype), height),
             relative_rows(self.param("rel_pos_w", *table).astype(q.dtype), width),
         )
-        mixed = constrain(attention(q, k, v, bias=bias), "batch", None, "heads", None)
+        mixed = constrain(attention(q, k, v, bias=bias, cut="sets"), "sets", None, "heads", None)
         return projection("proj", c.width, axis=(-2, -1), **precision(c))(mixed).reshape(x.shape)
 
 
@@ -89,7 +89,7 @@ class SamBlock(nn.Module):
             x = x + SamAttention(c, c.grid, name="attn")(normed)
         normed = layer_norm("layer_norm2", c.norm_eps, **precision(c))(x)
         x = x + GeluMLP(c.mlp_ratio * c.width, name="mlp", **precision(c))(normed)
-        return constrain(x, "batch", None, None, None), None
+        return constrain(x, "sets", None, None, None), None
 
 
 class SamGroup(nn.Module):
@@ -145,6 +145,6 @@ class SamVitEncoder(nn.Module):
             "pos_embed", nn.initializers.normal(0.02), (c.grid, c.grid, c.width), jnp.dtype(c.param_dtype)
         )
         x = x + resize_maps(learned, (x.shape[1], x.shape[2]), "cubic").astype(x.dtype)
-        x = constrain(x, "batch", None, None, None)
+        x = constrain(x, "sets", None, None, None)
         x, _ = scanned(SamGroup, c.groups, ())(c, name="groups")(x)
         return SamNeck(c, name="neck")(x)
