@@ -171,8 +171,16 @@ def _fit(inputs: Sequence[bool], count: int) -> list[bool]:
     return list(inputs[len(inputs) - count :]) if len(inputs) >= count else [*inputs, *[False] * (count - len(inputs))]
 
 
+def _scan_counts(params: Any) -> tuple[int, int]:
+    """(constants, carried values) of a scan, which come before what it runs over; jax 0.11 has them as a tree."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()
+    return len(constants), len(carried)
+
+
 def _scan(params: Any, inputs: list[bool], place: str, times: int, found: list[Product]) -> list[bool]:
-    constants, carried = params["num_consts"], params["num_carry"]
+    constants, carried = _scan_counts(params)
     body, marks = params["jaxpr"].jaxpr, list(inputs)
     while True:
         inner: list[Product] = []
