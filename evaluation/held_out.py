@@ -79,13 +79,12 @@ class HeldOutPictures:
     read_prompts: Callable[[], Iterable[tuple[Sample, Conversation, Piece]]]
     """Makes the prompts (pieces without their answer); called once, at the first evaluation."""
     max_new_tokens: int = 96
+    _engine: Engine | None = dataclasses.field(default=None, init=False, repr=False)
 
     @cached_property
     def prompts(self) -> list[tuple[Sample, Conversation, Piece]]:
         """The prompts."""
         return list(self.read_prompts())
-
-    _engine: Engine | None = None
 
     def __call__(self, params: Any, step: int) -> dict[str, np.ndarray]:
         """{"answer_<number>": picture}."""

@@ -52,9 +52,9 @@ def drawn(number: int) -> Video:
     return SyntheticVideos(HELD_OUT_SEED, 64, replace(VIDEOS, frames=FRAMES)).video(number)
 
 
-def tracked_here(video: Video) -> Bool[np.ndarray, "time objects side side"]:
+def tracked_here(video: Video, by: Tracker) -> Bool[np.ndarray, "time objects side side"]:
     """Every object from its mask on the first frame."""
-    with tracker().session(video.frames) as session:
+    with by.session(video.frames) as session:
         for number, mask in enumerate(video.masks[0], start=1):
             session.add(number, mask=mask)
         return np.stack([np.stack([each.masks[n] for n in session.objects]) for each in session.run()])
@@ -85,7 +85,7 @@ def jaccard(found: np.ndarray, true: np.ndarray) -> np.ndarray:
 def test_a_trained_model_tracks_for_24_frames_as_the_reference_does(number):
     """Nothing is told but the first masks; the IoU of what both find, and that it is something."""
     video = drawn(number)
-    ours, theirs = tracked_here(video), tracked_there(video)
+    ours, theirs = tracked_here(video, tracker()), tracked_there(video)
     assert ours.shape == theirs.shape == video.masks.shape == (FRAMES, len(video.objects), SIDE_PX, SIDE_PX)
     ious = jaccard(ours, theirs)
     truth = jaccard(ours, video.masks)
@@ -102,8 +102,5 @@ def test_a_perturbed_model_is_told_from_the_reference():
     params = dict(whole.programs.params)
     encoder = params["memory_encoder"] = dict(params["memory_encoder"])
     encoder["projection"] = {name: 1.3 * x for name, x in encoder["projection"].items()}
-    with Tracker(whole.config, params).session(video.frames) as session:
-        for number, mask in enumerate(video.masks[0], start=1):
-            session.add(number, mask=mask)
-        other = np.stack([np.stack([each.masks[n] for n in session.objects]) for each in session.run()])
+    other = tracked_here(video, Tracker(whole.config, params))
     assert jaccard(other, tracked_there(video)).min() < 0.99

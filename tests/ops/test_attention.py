@@ -1,11 +1,6 @@
 """The attention door: the reference against float64 arithmetic, the choice of kernels, the kernels."""
 
-import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +9,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh
 
+from tests.on_devices import printed_on
 from tracevision_jax.ops.attention import IMPLEMENTATIONS, attention, attention_mesh, choose
 from tracevision_jax.ops.attention_call import AttentionCall, attend_xla, attend_xla_in_blocks
 from tracevision_jax.ops.attention_kernels import attend_cudnn, attend_splash, why_not_splash
 from tracevision_jax.ops.placement import Placement
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Placement(None, (), (), "cpu")
 TPU = Placement(None, (), (), "tpu")
 GPU = Placement(None, (), (), "gpu")
@@ -203,16 +198,7 @@ def test_the_call_of_cudnn_means_what_the_reference_does(rng, monkeypatch, packe
 @pytest.fixture(scope="module")
 def on_mesh() -> dict:
     """What `attention_on_mesh.py` prints in a process of four virtual devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.ops.attention_on_mesh"],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return printed_on(4, "tests.ops.attention_on_mesh")
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -1,15 +1,13 @@
 """What a compiled step needs and takes: on eight virtual devices, and on hand-made numbers."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
+from tests.on_devices import printed_on
 from tracevision_jax.parallel.ahead_of_time import Program, kernel_products, measure, memory
 from tracevision_jax.parallel.flops import Flops
 from tracevision_jax.parallel.hlo import executed, parse
@@ -24,16 +22,7 @@ WIDTH, MLP, LAYERS, WORDS, TOKENS, ROWS = 16, 32, 2, 32, 12, 16
 @pytest.fixture(scope="module")
 def found() -> dict:
     """What `ahead_on_mesh.py` prints in a process of eight virtual devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.ahead_on_mesh"],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return printed_on(8, "tests.parallel.ahead_on_mesh")
 
 
 def test_collectives_of_a_sharded_scan_are_those_known_by_hand(found):

@@ -7,15 +7,12 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.on_devices import printed_on
 from tracevision_jax.parallel.mesh import AXES
 
-ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
 EVERY_MESH = [
     dict(zip(AXES, sizes, strict=True))
@@ -34,17 +31,8 @@ LONG = os.environ.get("TRACEVISION_TEST_MESHES") == "all"
 def losses(system: str, meshes: list[dict[str, int]]) -> dict:
     """Run `mesh_step.py` in a process of eight virtual devices."""
     # Compiling is nearly all of the time, and optimising the machine code half of that.
-    wanted = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {wanted}"
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.mesh_step", system, json.dumps(meshes)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    quick = "--xla_backend_optimization_level=0"
+    return printed_on(8, "tests.parallel.mesh_step", system, json.dumps(meshes), flags=quick)
 
 
 def test_the_meshes_cover_every_pair_of_axes():

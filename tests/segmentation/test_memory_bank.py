@@ -1,19 +1,15 @@
 """The memory bank against dictionaries of frames as the original keeps them."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from operator import itemgetter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.on_devices import printed_on
 from tests.segmentation.bank_on_mesh import TINY, content, entry, tracked
 from tests.vision.sam_reference import error
 from tracevision_jax.errors import UserError
@@ -22,9 +18,6 @@ from tracevision_jax.segmentation import memory_bank
 from tracevision_jax.segmentation.memory_attention import MemoryConditioning
 from tracevision_jax.segmentation.memory_bank import MemoryReading, empty
 from tracevision_jax.segmentation.sam_config import HEADS_PRESETS, MemoryConfig
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 insert = jax.jit(memory_bank.insert)
 read = jax.jit(memory_bank.read, static_argnames=("config", "video_frames"))
@@ -225,16 +218,7 @@ def test_a_scan_over_frames_and_videos_side_by_side_are_frames_one_by_one():
 
 
 def test_banks_are_split_over_objects_and_videos_without_moving_data():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.segmentation.bank_on_mesh"],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = printed_on(4, "tests.segmentation.bank_on_mesh")
     assert found == {"devices": 4, "equal": True, "share": 0.25, "collectives": []}
 
 
