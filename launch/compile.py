@@ -16,13 +16,23 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
+class DcnFlags:
+    """TPU slices along an axis; 0 leaves it to the recipe: by default as many as go along data, the rest along fsdp."""
+
+    data: int = 0
+    fsdp: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshFlags:
-    """Chips along each axis of the mesh; 0 leaves it to the recipe."""
+    """Chips along each axis of the mesh, those of all slices; 0 leaves it to the recipe."""
 
     data: int = 0
     fsdp: int = 0
     tensor: int = 0
     context: int = 0
+    dcn: DcnFlags = DcnFlags()
+    """Which part of data and fsdp lies across TPU slices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +150,8 @@ def _outcomes(args: Args, recipe: Any, system: Any, wanted: Any) -> Iterator[Any
     import jax
 
     from tracevision_jax.parallel.ahead_of_time import measure
-    from tracevision_jax.parallel.topologies import arrange, open_devices
+    from tracevision_jax.parallel.mesh import make_mesh
+    from tracevision_jax.parallel.topologies import open_devices
     from tracevision_jax.training.ahead_of_time import fitting_mesh, training_program
 
     shapes = jax.eval_shape(system.init, jax.random.key(0))
@@ -150,10 +161,11 @@ def _outcomes(args: Args, recipe: Any, system: Any, wanted: Any) -> Iterator[Any
     for number in numbers if "train" in args.programs else ():
         rows = args.rows or rows_of[number]
         asked = _mesh(args.mesh, recipe, rows, wanted.devices, shapes)
-        layouts.append((number, rows, fitting_mesh(asked, wanted.devices, rows, recipe.accumulation, shapes)))
+        config = fitting_mesh(asked, wanted.devices, rows, recipe.accumulation, shapes, slices=wanted.slices)
+        layouts.append((number, rows, config))
     devices = open_devices(wanted)
     for number, rows, config in layouts:
-        mesh = arrange(config, devices, wanted.slices)
+        mesh = make_mesh(config, devices)
         print(f"compiling the training step for {rows} rows of {recipe.buckets[number]} ...", file=sys.stderr)
         yield measure(training_program(system, recipe, recipe.buckets[number], rows, mesh), wanted, mesh)
     steps = [name for name in args.programs if name != "train"]
@@ -166,10 +178,10 @@ def _outcomes(args: Args, recipe: Any, system: Any, wanted: Any) -> Iterator[Any
 def _answers(args: Args, steps: list[str], system: Any, bucket: Any, wanted: Any, devices: list[Any]) -> Iterator[Any]:
     from tracevision_jax.inference.ahead_of_time import answer_mesh, answer_programs
     from tracevision_jax.parallel.ahead_of_time import measure
-    from tracevision_jax.parallel.topologies import arrange
+    from tracevision_jax.parallel.mesh import make_mesh
 
     config = answer_mesh(system, wanted.devices)
-    mesh = arrange(config, devices, wanted.slices)
+    mesh = make_mesh(config, devices)
     for program in answer_programs(system, bucket, args.answer_rows * config.data, args.new_tokens, mesh):
         if program.name.split(",")[0] in steps:
             print(f"compiling {program.name} ...", file=sys.stderr)
@@ -178,38 +190,50 @@ def _answers(args: Args, steps: list[str], system: Any, bucket: Any, wanted: Any
 
 def _mesh(flags: MeshFlags, recipe: Any, rows: int, devices: int, shapes: Any) -> Any:
     """The mesh that is asked for: flags over the recipe's; with neither, `usual_mesh`."""
-    from tracevision_jax.parallel.mesh import AXES, MeshConfig
+    from tracevision_jax.parallel.mesh import AXES, BATCH_AXES, MeshConfig
     from tracevision_jax.training.ahead_of_time import usual_mesh
 
+    across = {axis: getattr(flags.dcn, axis) for axis in BATCH_AXES if getattr(flags.dcn, axis)}
+    dcn = dataclasses.replace(recipe.mesh.dcn, **across)
     named = {axis: getattr(flags, axis) for axis in AXES if getattr(flags, axis)}
     if named:
         sizes = dict.fromkeys(AXES, 1) | named
         if "fsdp" not in named and math.prod(sizes.values()) != devices and -1 not in named.values():
             sizes["fsdp"] = -1
-        return MeshConfig(**sizes)
-    if recipe.mesh != MeshConfig():
-        return recipe.mesh
-    return usual_mesh(rows, devices, recipe.accumulation, shapes)
+        return MeshConfig(**sizes, dcn=dcn)
+    chosen = recipe.mesh
+    if chosen.sizes == MeshConfig().sizes:
+        chosen = usual_mesh(rows, devices, recipe.accumulation, shapes)
+    return dataclasses.replace(chosen, dcn=dcn)
 
 
 def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
     import jax
 
     from tracevision_jax.parallel.ahead_of_time import measure
-    from tracevision_jax.parallel.mesh import MeshConfig
-    from tracevision_jax.parallel.topologies import arrange, open_devices
-    from tracevision_jax.training.ahead_of_time import as_flags, training_program
+    from tracevision_jax.parallel.mesh import DcnConfig, MeshConfig, as_flags, make_mesh
+    from tracevision_jax.parallel.topologies import open_devices
+    from tracevision_jax.training.ahead_of_time import training_program
     from tracevision_jax.training.layout_search import Candidate, candidates, search, verdict
 
     bucket = recipe.buckets[args.bucket or 0]
     shapes = jax.eval_shape(build(recipe).init, jax.random.key(0))
     per_chip = (args.rows / wanted.devices,) if args.rows else args.rows_per_chip
-    tried = candidates(wanted.devices, recipe.accumulation, shapes, per_chip, args.remats, args.tensors, args.copies)
+    tried = candidates(
+        wanted.devices,
+        recipe.accumulation,
+        shapes,
+        per_chip,
+        args.remats,
+        args.tensors,
+        args.copies,
+        slices=wanted.slices,
+    )
     devices = open_devices(wanted)
 
     def outcome_of(candidate: Candidate) -> dict[str, Any]:
         changed = _with_remat(recipe, candidate.remat)
-        mesh = arrange(MeshConfig(**candidate.mesh), devices, wanted.slices)
+        mesh = make_mesh(MeshConfig(**candidate.mesh, dcn=DcnConfig()), devices)
         program = training_program(build(changed), changed, bucket, candidate.rows, mesh)
         return measure(program, wanted, mesh).to_json()
 

@@ -243,7 +243,7 @@ def tpu_values(args: Any, recipe: Any) -> dict[str, Any]:
     wanted = topology(args.topology, getattr(args, "slices", 1))
     if wanted.chip.name not in TPUS:
         raise UserError(f"--topology is {args.topology}, which is no TPU; for GPU: tracevision launch slurm.")
-    check_fits(recipe, wanted.devices)
+    check_fits(recipe, wanted.devices, wanted.slices)
     if isinstance(args, Gke) and not Path(recipe.out).is_relative_to(args.mount):
         raise UserError(
             f"the pods share {args.mount} only; put the run there: -- --out {args.mount}/runs/{recipe.name}"
@@ -274,15 +274,17 @@ def hosts_of(shape: tuple[int, ...]) -> Host:
     return Host(chips // 4, 4)
 
 
-def check_fits(recipe: Any, devices: int) -> None:
-    """Refuse a mesh or rows that so many devices cannot take; as `tracevision train` would, at its start."""
+def check_fits(recipe: Any, devices: int, slices: int = 1) -> None:
+    """Refuse a mesh or rows that so many devices cannot take, as `tracevision train` would at its start."""
     from jax.sharding import AbstractMesh
 
-    from tracevision_jax.parallel.mesh import AXES, check_rows, mesh_shape
+    from tracevision_jax.parallel.mesh import AXES, across_slices, check_rows, mesh_shape
     from tracevision_jax.training.recipe import check
 
     check(recipe)
-    mesh = AbstractMesh(mesh_shape(recipe.mesh, devices), AXES)
+    shape = mesh_shape(recipe.mesh, devices)
+    across_slices(recipe.mesh, shape, slices)
+    mesh = AbstractMesh(shape, AXES)
     for rows in recipe.rows:
         check_rows(rows, recipe.accumulation, mesh)
 

@@ -62,6 +62,16 @@ def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_before_anything_is
     assert "6 rows a batch cannot be shared" in message and "--mesh.fsdp 2 --mesh.tensor 2" in message
 
 
+def test_slices_that_do_not_fit_are_refused_with_the_nearest_that_do(capsys):
+    asked = ["tiny_numbers", "--topology", "v5e:2x2", "--slices", "2"]
+    message = told(capsys, *asked, "--mesh.data", "4", "--mesh.fsdp", "2", "--mesh.dcn.data", "4")
+    assert (
+        "--mesh.dcn.data 4 does not fit 2 slices" in message and "fits: --mesh.dcn.data 2 --mesh.dcn.fsdp 1" in message
+    )
+    message = told(capsys, *asked, "--mesh.tensor", "8", "--mesh.data", "1", "--mesh.fsdp", "1")
+    assert "2 slices cannot be shared" in message and "The nearest mesh that fits 8 chips and 8 rows" in message
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_it_says_what_to_install(capsys):
     assert "pip install 'jax[tpu]'" in told(capsys, "tiny_numbers", "--topology", "v5e:2x2")
@@ -77,6 +87,18 @@ def test_a_step_is_compiled_for_chips_that_are_not_here(capsys, tmp_path):
     assert outcome["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
     assert outcome["executed_flops"] * 4 >= outcome["model_flops"]
     assert outcome["collectives"] and all(line["axes"] == "fsdp" for line in outcome["collectives"])
+
+
+@needs_libtpu
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_only_sums_and_gathers_along_the_declared_axis_leave_a_slice(axis, tmp_path):
+    file = tmp_path / "report.json"
+    asked = ["compile", "tiny_numbers", "--topology", "v5e:2x2", "--slices", "2", "--json", str(file)]
+    assert main([*asked, "--mesh.data", "2", "--mesh.fsdp", "4", f"--mesh.dcn.{axis}", "2"]) == 0
+    (outcome,) = json.loads(file.read_text())["outcomes"]
+    inside = {line["axes"] for line in outcome["collectives"]} - {"slices"}
+    assert "slices" in {line["axes"] for line in outcome["collectives"]}
+    assert ("data" in inside) == (axis == "fsdp"), inside  # across the slices nothing of data is left inside
 
 
 @needs_cuda

@@ -133,6 +133,8 @@ def test_the_file_says_the_command_that_writes_it_again(rendered, tmp_path, caps
         (["slurm", "tiny_number"], "Did you mean 'tiny_numbers'?"),
         (["slurm", "tiny_numbers", "--gpus", "4", "--", "--mesh.fsdp", "3"], "needs a multiple of 3 devices"),
         (["slurm", "tiny_numbers", "--gpus", "8"], "4 rows a batch cannot be shared by 8 devices"),
+        ([*GKE, "--slices", "2", *OUT, "--mesh.dcn.data", "4"], "fits: --mesh.dcn.data 2 --mesh.dcn.fsdp 1"),
+        ([*XPK, "--slices", "3", *OUT, "--mesh.tensor", "3"], "3 slices cannot be shared by data 256 and fsdp 1"),
         ([*GKE[:4], *OUT], "also needed: --claim"),
         ([*GKE, "--topology", "h100:2x8", *OUT], "no TPU"),
         ([*GKE, "--topology", "v5p:8x8", *OUT], "v5p has 3"),

@@ -12,11 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.collectives import BETWEEN_SLICES, by_axes, collectives
 from tracevision_jax.parallel.hlo import parse
-from tracevision_jax.parallel.mesh import AXES, MeshConfig
+from tracevision_jax.parallel.mesh import AXES, DcnConfig, MeshConfig, make_mesh
 from tracevision_jax.parallel.topologies import (
     CHIPS,
     Topology,
-    arrange,
     axis_bandwidth,
     inside_a_slice,
     open_devices,
@@ -32,7 +31,7 @@ def grid(shape: tuple[int, ...], mesh: tuple[int, int, int, int], slices: int = 
     """Pretended chips of a mesh, in the order of their coordinates."""
     places = [(part, *place) for part in range(slices) for place in np.ndindex(*shape)]
     chips = np.empty(len(places), object)
-    chips[:] = [SimpleNamespace(coords=list(place), slice_index=part) for part, *place in places]
+    chips[:] = [SimpleNamespace(platform="tpu", coords=list(place), slice_index=part) for part, *place in places]
     return chips.reshape(mesh)
 
 
@@ -148,7 +147,7 @@ def test_there_is_one_device_a_chip(name):
     wanted = topology(name)
     devices = open_devices(wanted)
     assert len(devices) == wanted.devices == 4
-    mesh = arrange(MeshConfig(data=1, fsdp=2, tensor=2), devices)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), devices)
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2, "context": 1}
 
 
@@ -157,18 +156,27 @@ def test_slices_are_parted_by_data_or_else_by_fsdp():
     wanted = topology("v5e:2x2", slices=2)
     devices = open_devices(wanted)
     for config, inside in ((MeshConfig(data=2, fsdp=4), ("fsdp",)), (MeshConfig(data=1, fsdp=8), ("tensor",))):
-        mesh = arrange(config, devices, slices=2)
+        mesh = make_mesh(config, devices)
         assert axis_bandwidth(wanted, mesh.devices, ("data", "fsdp")) == 2 * 50e9
         assert axis_bandwidth(wanted, mesh.devices, inside) == (2 * 50e9 if inside == ("fsdp",) else 50e9)
         assert tuple(inside_a_slice(mesh.devices).values()) == (1, 4, 1, 1)
-    with pytest.raises(UserError, match="multiple of 2"):
-        arrange(MeshConfig(data=1, fsdp=1, tensor=8), devices, slices=2)
+    with pytest.raises(UserError, match="2 slices cannot be shared by data 1 and fsdp 1"):
+        make_mesh(MeshConfig(data=1, fsdp=1, tensor=8), devices)
+
+
+@needs_libtpu
+def test_declared_slices_lie_along_the_axis_that_was_named():
+    wanted = topology("v5e:2x2", slices=2)
+    devices = open_devices(wanted)
+    for dcn, inside in ((DcnConfig(data=2), (1, 4, 1, 1)), (DcnConfig(fsdp=2), (2, 2, 1, 1))):
+        mesh = make_mesh(MeshConfig(data=2, fsdp=4, dcn=dcn), devices)
+        assert tuple(inside_a_slice(mesh.devices).values()) == inside
 
 
 @needs_libtpu
 def test_a_sum_over_slices_goes_through_the_network_once_for_each_chip():
     wanted = topology("v5e:2x2", slices=2)
-    mesh = arrange(MeshConfig(data=4, fsdp=2), open_devices(wanted), slices=2)
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2), open_devices(wanted))
     given = jax.ShapeDtypeStruct((4, 256, 512), "float32", sharding=NamedSharding(mesh, PartitionSpec("data", "fsdp")))
     summed = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     compiled = jax.jit(lambda rows: rows.sum(0, keepdims=True), out_shardings=summed).lower(given).compile()

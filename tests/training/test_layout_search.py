@@ -8,8 +8,8 @@ import pytest
 from tests.parallel.small_tracevision import small_system
 from tracevision_jax.errors import UserError
 from tracevision_jax.hosts.qwen25vl import preset
-from tracevision_jax.parallel.mesh import MeshConfig
-from tracevision_jax.training.ahead_of_time import fitting_mesh, meshes, usual_mesh, why_not, with_remat
+from tracevision_jax.parallel.mesh import DcnConfig, MeshConfig, meshes
+from tracevision_jax.training.ahead_of_time import fitting_mesh, usual_mesh, why_not, with_remat
 from tracevision_jax.training.layout_search import candidates, known, search
 
 
@@ -56,6 +56,23 @@ def test_a_mesh_that_does_not_fit_is_answered_with_the_nearest_that_does(shapes,
         fitting_mesh(asked, 8, rows, 1, shapes)
     assert reason in str(found.value)
     assert "The nearest mesh that fits 8 chips" in str(found.value) and nearest in str(found.value)
+
+
+def test_a_mesh_keeps_its_declared_slices_or_names_the_nearest(shapes):
+    asked = MeshConfig(data=2, fsdp=4, dcn=DcnConfig(fsdp=2))
+    assert fitting_mesh(asked, 8, 16, 1, shapes, slices=2) == asked
+    with pytest.raises(
+        UserError, match=r"--mesh.dcn.fsdp 2 does not fit 4 slices.*--mesh.dcn.data 1 --mesh.dcn.fsdp 4"
+    ):
+        fitting_mesh(MeshConfig(data=1, fsdp=8, dcn=DcnConfig(fsdp=2)), 8, 16, 1, shapes, slices=4)
+    with pytest.raises(
+        UserError, match=r"(?s)4 slices cannot be shared by data 1 and fsdp 2.*--mesh.data 1 --mesh.fsdp 4"
+    ):
+        fitting_mesh(MeshConfig(data=1, fsdp=2, tensor=2, context=2), 8, 16, 1, shapes, slices=4)
+    assert {tuple(c.mesh.values()) for c in candidates(8, 1, shapes, (2.0,), ("full",), (1, 2), (1, 2), slices=8)} == {
+        (1, 8, 1, 1),
+        (2, 4, 1, 1),
+    }
 
 
 @pytest.mark.parametrize(("rows", "mesh"), [(8, (2, 4, 1, 1)), (2, (1, 2, 4, 1)), (3, (1, 1, 8, 1))])

@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.nearest import suggest
 from tracevision_jax.parallel.collectives import BETWEEN_SLICES
-from tracevision_jax.parallel.mesh import AXES, MeshConfig, mesh_shape
+from tracevision_jax.parallel.mesh import AXES, slice_of
 
 GIB = 2**30
 
@@ -220,31 +219,6 @@ def _has_cuda() -> bool:
     return any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin"))
 
 
-def arrange(config: MeshConfig, devices: Sequence[Any], slices: int = 1) -> Mesh:
-    """The mesh on devices of a topology; the outer part of `data`, else of `fsdp`, goes across slices.
-
-    Raises:
-        UserError: sizes do not multiply to the number of devices, or neither axis is a multiple of the slices.
-    """
-    from jax.experimental import mesh_utils
-
-    shape = mesh_shape(config, len(devices))
-    kinds = (AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        placed = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-        return Mesh(placed, AXES, axis_types=kinds)
-    across = next((axis for axis in (0, 1) if shape[axis] % slices == 0), None)
-    if across is None:
-        raise UserError(
-            f"{slices} slices need a mesh whose data or fsdp is a multiple of {slices}; here they are {shape[0]} and "
-            f"{shape[1]}."
-        )
-    inside = tuple(size // slices if axis == across else size for axis, size in enumerate(shape))
-    outside = tuple(slices if axis == across else 1 for axis in range(len(shape)))
-    placed = mesh_utils.create_hybrid_device_mesh(inside, outside, list(devices), allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=kinds)
-
-
 def axis_bandwidth(wanted: Topology, devices: np.ndarray, axes: Sequence[str]) -> float:
     """Bytes/s that each chip can send in a ring collective over mesh axes.
 
@@ -267,7 +241,7 @@ def axis_bandwidth(wanted: Topology, devices: np.ndarray, axes: Sequence[str]) -
 
 def _slices_of(devices: np.ndarray) -> np.ndarray:
     """Each device's slice; 0 where there is only one."""
-    return np.array([getattr(device, "slice_index", None) or 0 for device in devices.ravel()]).reshape(devices.shape)
+    return np.vectorize(slice_of, otypes=[int])(devices)
 
 
 def inside_a_slice(devices: np.ndarray) -> dict[str, int]:

@@ -9,7 +9,7 @@ that does not fit is refused before anything is compiled, with the nearest that 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,18 @@ from tracevision_jax.errors import UserError
 from tracevision_jax.layers.basic import REMAT_POLICIES
 from tracevision_jax.parallel.ahead_of_time import Program, kept_for_backward, shard_bytes
 from tracevision_jax.parallel.flops import training_flops
-from tracevision_jax.parallel.mesh import AXES, BATCH_AXES, MeshConfig, batch_sharding, mesh_shape
+from tracevision_jax.parallel.mesh import (
+    AXES,
+    BATCH_AXES,
+    MeshConfig,
+    across_slices,
+    as_flags,
+    batch_sharding,
+    divisors,
+    mesh_shape,
+    nearest_mesh,
+    ways_across,
+)
 from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, partition_specs, spec_of
 from tracevision_jax.systems.protocol import System
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -49,34 +60,24 @@ def with_remat(config: Any, policy: str) -> Any:
 
 
 def why_not(
-    sizes: Mapping[str, int], rows: int, accumulation: int, shapes: Any, rules: tuple[Rule, ...] = PARAMETERS
+    sizes: Mapping[str, int],
+    rows: int,
+    accumulation: int,
+    shapes: Any,
+    rules: tuple[Rule, ...] = PARAMETERS,
+    slices: int = 1,
 ) -> str | None:
-    """Reason why rows and parameters cannot be shared on a mesh of these sizes, or None."""
+    """Reason why rows and parameters cannot be shared on a mesh of these sizes, on TPU slices, or None."""
     holders = math.prod(sizes[axis] for axis in BATCH_AXES) * accumulation
     if rows % holders:
         return f"{rows} rows a batch cannot be shared by data x fsdp x accumulation = {holders}"
+    if not ways_across([sizes[axis] for axis in AXES], slices):
+        return f"{slices} slices cannot be shared by data {sizes['data']} and fsdp {sizes['fsdp']}"
     try:
         partition_specs(shapes, sizes, rules)
     except UserError as error:
         return str(error)
     return None
-
-
-def meshes(devices: int, largest_tensor: int | None = None, largest_context: int = 1) -> Iterator[dict[str, int]]:
-    """All meshes of so many devices; `context` and `tensor` up to a limit."""
-    for context in _divisors(devices):
-        if context > largest_context:
-            continue
-        for tensor in _divisors(devices // context):
-            if largest_tensor is not None and tensor > largest_tensor:
-                continue
-            rest = devices // context // tensor
-            for data in _divisors(rest):
-                yield dict(zip(AXES, (data, rest // data, tensor, context), strict=True))
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def usual_mesh(
@@ -94,20 +95,8 @@ def usual_mesh(
         for size, axes in zip(leaf.shape, spec_of(path, leaf.shape, rules) or (), strict=False)
         if axes == "fsdp"
     }
-    fsdp = max((n for n in _divisors(holders) if not any(size % (n * TILE) for size in cut)), default=holders)
+    fsdp = max((n for n in divisors(holders) if not any(size % (n * TILE) for size in cut)), default=holders)
     return MeshConfig(data=holders // fsdp, fsdp=fsdp, tensor=devices // holders)
-
-
-def nearest_mesh(
-    asked: Mapping[str, int], devices: int, rows: int, accumulation: int, shapes: Any, rules: tuple[Rule, ...]
-) -> dict[str, int] | None:
-    """The mesh that fits and whose sizes are the fewest doublings away from those asked for; None if none fits."""
-
-    def distance(sizes: Mapping[str, int]) -> float:
-        return sum(abs(math.log2(sizes[axis] / max(asked[axis], 1))) for axis in AXES)
-
-    candidates = sorted(meshes(devices, largest_context=max(asked["context"], 1)), key=distance)
-    return next((sizes for sizes in candidates if why_not(sizes, rows, accumulation, shapes, rules) is None), None)
 
 
 def fitting_mesh(
@@ -117,32 +106,33 @@ def fitting_mesh(
     accumulation: int,
     shapes: Any,
     rules: tuple[Rule, ...] = PARAMETERS,
+    slices: int = 1,
 ) -> MeshConfig:
-    """The mesh of a configuration on so many devices, checked.
+    """The mesh of a configuration on so many devices of so many TPU slices, checked.
 
     Raises:
-        UserError: it does not fit the devices, the rows or the parameters; names the nearest that does.
+        UserError: it does not fit the devices, the slices, the rows or the parameters; names the nearest that does.
     """
+
+    def fault(sizes: Mapping[str, int]) -> str | None:
+        return why_not(sizes, rows, accumulation, shapes, rules, slices)
+
     try:
         sizes: dict[str, int] = dict(zip(AXES, mesh_shape(config, devices), strict=True))
-        reason = why_not(sizes, rows, accumulation, shapes, rules)
+        reason = fault(sizes)
     except UserError as error:
         sizes = {axis: max(size, 1) for axis, size in zip(AXES, config.sizes, strict=True)}
         reason = str(error)
     if reason is None:
-        return MeshConfig(**sizes)
-    nearest = nearest_mesh(sizes, devices, rows, accumulation, shapes, rules)
+        across_slices(config, list(sizes.values()), slices)
+        return MeshConfig(**sizes, dcn=config.dcn)
+    nearest = nearest_mesh(sizes, devices, lambda other: fault(other) is None)
     if nearest is None:
         holders = max(1, devices // 2)
         raise UserError(
             f"{reason}\nNo mesh of {devices} chips fits {rows} rows; rows such as {holders} fit more meshes."
         )
     raise UserError(f"{reason}\nThe nearest mesh that fits {devices} chips and {rows} rows: {as_flags(nearest)}.")
-
-
-def as_flags(sizes: Mapping[str, int]) -> str:
-    """A mesh as flags of the command."""
-    return " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
 
 
 def training_program(

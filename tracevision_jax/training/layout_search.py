@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tracevision_jax.errors import UserError
-from tracevision_jax.training.ahead_of_time import meshes, why_not
+from tracevision_jax.parallel.mesh import meshes
+from tracevision_jax.parallel.rules import PARAMETERS, Rule
+from tracevision_jax.training.ahead_of_time import why_not
 
 KEEPS = ("full", "dots", "none")
 """Remat policies, those that keep the least first."""
@@ -41,6 +43,8 @@ def candidates(
     remats: Sequence[str],
     tensors: Sequence[int],
     copies: Sequence[int] = (1,),
+    rules: tuple[Rule, ...] = PARAMETERS,
+    slices: int = 1,
 ) -> list[Candidate]:
     """All that fit, the smallest batches and the policies that keep the least first.
 
@@ -52,6 +56,8 @@ def candidates(
         remats: policies.
         tensors: sizes of the axis `tensor`.
         copies: sizes of the axis `data`, each with all parameters; `fsdp` takes the chips that are left.
+        rules: sharding of the parameters.
+        slices: of TPU, that the chips are on.
 
     Raises:
         UserError: none fits.
@@ -62,7 +68,9 @@ def candidates(
     found = []
     for per_chip in sorted(rows_per_chip):
         rows = round(devices * per_chip)
-        fitting = [sizes for sizes in shards if rows and why_not(sizes, rows, accumulation, shapes) is None]
+        fitting = [
+            sizes for sizes in shards if rows and why_not(sizes, rows, accumulation, shapes, rules, slices) is None
+        ]
         found += [Candidate(rows, remat, sizes) for remat in sorted(remats, key=KEEPS.index) for sizes in fitting]
     if not found:
         raise UserError(
