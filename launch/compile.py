@@ -70,6 +70,8 @@ class Args:
     """Microbatches of an update; by default the recipe's."""
     remat: str | None = None
     """none, dots or full; by default the recipe's."""
+    frozen_whole: tuple[str, ...] | None = None
+    """Patterns of frozen parameters that every chip keeps whole along fsdp (vision/); by default the recipe's."""
     answer_rows: int = 8
     """Prompts that each copy of the model answers together."""
     new_tokens: int = 256
@@ -115,6 +117,8 @@ def run(args: Args) -> int:
     recipe = registry.get(args.recipe)
     if args.accumulation is not None:
         recipe = dataclasses.replace(recipe, accumulation=args.accumulation)
+    if args.frozen_whole is not None:
+        recipe = dataclasses.replace(recipe, frozen_whole=args.frozen_whole)
     check(recipe)
     if args.bucket is not None and not 0 <= args.bucket < len(recipe.buckets):
         raise UserError(f"--bucket is {args.bucket}; {recipe.name} has {len(recipe.buckets)}, numbered from 0.")
@@ -153,15 +157,17 @@ def _outcomes(args: Args, recipe: Any, system: Any, wanted: Any) -> Iterator[Any
     from tracevision_jax.parallel.mesh import make_mesh
     from tracevision_jax.parallel.topologies import open_devices
     from tracevision_jax.training.ahead_of_time import fitting_mesh, training_program
+    from tracevision_jax.training.layout import stage_rules
 
     shapes = jax.eval_shape(system.init, jax.random.key(0))
+    rules = stage_rules(system, recipe, shapes)
     rows_of = recipe.rows if len(recipe.rows) > 1 else recipe.rows * len(recipe.buckets)
     numbers = range(len(recipe.buckets)) if args.bucket is None else [args.bucket]
     layouts = []
     for number in numbers if "train" in args.programs else ():
         rows = args.rows or rows_of[number]
         asked = _mesh(args.mesh, recipe, rows, wanted.devices, shapes)
-        config = fitting_mesh(asked, wanted.devices, rows, recipe.accumulation, shapes, slices=wanted.slices)
+        config = fitting_mesh(asked, wanted.devices, rows, recipe.accumulation, shapes, rules, wanted.slices)
         layouts.append((number, rows, config))
     devices = open_devices(wanted)
     for number, rows, config in layouts:
@@ -214,10 +220,12 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
     from tracevision_jax.parallel.mesh import DcnConfig, MeshConfig, as_flags, make_mesh
     from tracevision_jax.parallel.topologies import open_devices
     from tracevision_jax.training.ahead_of_time import training_program
+    from tracevision_jax.training.layout import stage_rules
     from tracevision_jax.training.layout_search import Candidate, candidates, search, verdict
 
     bucket = recipe.buckets[args.bucket or 0]
-    shapes = jax.eval_shape(build(recipe).init, jax.random.key(0))
+    system = build(recipe)
+    shapes = jax.eval_shape(system.init, jax.random.key(0))
     per_chip = (args.rows / wanted.devices,) if args.rows else args.rows_per_chip
     tried = candidates(
         wanted.devices,
@@ -227,7 +235,8 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         args.remats,
         args.tensors,
         args.copies,
-        slices=wanted.slices,
+        stage_rules(system, recipe, shapes),
+        wanted.slices,
     )
     devices = open_devices(wanted)
 
@@ -238,7 +247,8 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         return measure(program, wanted, mesh).to_json()
 
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
-    about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{' | quick' * args.quick}"
+    whole = f" | whole {' '.join(recipe.frozen_whole)}" if recipe.frozen_whole else ""
+    about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{whole}{' | quick' * args.quick}"
     found = search(tried, about, path, outcome_of, lambda line: print(line, file=sys.stderr, flush=True), args.limit)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:

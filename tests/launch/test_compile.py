@@ -72,6 +72,11 @@ def test_slices_that_do_not_fit_are_refused_with_the_nearest_that_do(capsys):
     assert "2 slices cannot be shared" in message and "The nearest mesh that fits 8 chips and 8 rows" in message
 
 
+def test_a_pattern_without_a_frozen_parameter_is_refused_before_anything_is_compiled(capsys):
+    message = told(capsys, "tiny_numbers", "--topology", "v5e:2x2", "--frozen-whole", "language/")
+    assert "stage 'all' keeps frozen" in message and "It freezes nothing" in message
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_it_says_what_to_install(capsys):
     assert "pip install 'jax[tpu]'" in told(capsys, "tiny_numbers", "--topology", "v5e:2x2")

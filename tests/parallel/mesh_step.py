@@ -6,6 +6,7 @@ and the share of the parameters that a device holds; or why the parameters do no
 
 import json
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,36 +15,50 @@ import optax
 from tests.training.tiny import Deterministic, random_batch
 from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
-from tracevision_jax.parallel.rules import PARAMETERS, parameter_shardings
+from tracevision_jax.training.layout import stage_layout
 from tracevision_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
-from tracevision_jax.training.parameters import split
-from tracevision_jax.training.step import create_state, make_train_step, state_shardings
+from tracevision_jax.training.recipe import TrainRecipe
+from tracevision_jax.training.step import create_state, make_train_step
 
 SCHEDULE = learning_rate_schedule(OptimizerConfig(), 10)
 
 
-def one_step(system, params, stage, batch, mesh, accumulation=1):
-    """Loss, gradient (the momentum after one step) and the share of the parameters on one device."""
+class Step(NamedTuple):
+    """A step that was taken."""
+
+    loss: float
+    gradient: Any
+    """The momentum after one step."""
+    share: float
+    """Of the parameters, that a device holds."""
+    program: str
+    """As it was compiled."""
+
+
+def one_step(system, params, stage, batch, mesh, accumulation=1, frozen_whole=()):
+    """Compile and take one step of a stage on a mesh."""
+    recipe = TrainRecipe("step", stage=stage, frozen_whole=frozen_whole)
     optimizer = optax.sgd(SCHEDULE, momentum=0.9)  # less to compile than Adam, which is compiled for every mesh anew
-    places = parameter_shardings(params, mesh, PARAMETERS)
-    trained, frozen_places = split(places, system.trainable(stage))
-    state, frozen = create_state(system, params, optimizer, stage, seed=0)
-    layout = state_shardings(state, trained, mesh)
-    state, frozen = jax.device_put((state, frozen), (layout, frozen_places))
+    layout = stage_layout(system, recipe, optimizer, params, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, (layout.state, layout.frozen))
+    state, frozen = jax.device_put(create_state(system, params, optimizer, stage, seed=0), places)
     step = make_train_step(
         system,
         optimizer,
         SCHEDULE,
         accumulation=accumulation,
         mesh=mesh,
-        state_shardings=layout,
+        state_shardings=places[0],
     )
     with jax.set_mesh(mesh):
-        state, metrics = step(state, frozen, jax.device_put(batch, batch_sharding(mesh)))
+        given = (state, frozen, jax.device_put(batch, batch_sharding(mesh)))
+        compiled = step.lower(*given).compile()
+        state, metrics = compiled(*given)
     moment = optax.tree.get(state.optimizer, "trace")
     leaves = jax.tree.leaves((state.trained, frozen))
     here = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
-    return float(metrics["loss"]), jax.device_get(moment), here / sum(leaf.size for leaf in leaves)
+    share = here / sum(leaf.size for leaf in leaves)
+    return Step(float(metrics["loss"]), jax.device_get(moment), share, compiled.as_text() or "")
 
 
 def distance(ours, theirs):
@@ -72,22 +87,22 @@ def main(name: str, meshes: list[dict[str, int]]) -> None:
     """Compare the meshes with one device."""
     given = subject(name)
     with jax.default_matmul_precision("highest"):
-        loss, gradient, _ = one_step(*given, make_mesh(MeshConfig(), jax.devices()[:1]))
+        alone = one_step(*given, make_mesh(MeshConfig(), jax.devices()[:1]))
         found = {}
         for sizes in meshes:
             accumulation = sizes.pop("accumulation", 1)
             mesh = make_mesh(MeshConfig(**sizes))
             try:
-                other_loss, other_gradient, share = one_step(*given, mesh, accumulation)
+                taken = one_step(*given, mesh, accumulation)
             except UserError as error:
                 found[json.dumps(sizes)] = {"refused": str(error)}
                 continue
             found[json.dumps(sizes)] = {
-                "loss": other_loss,
-                "gradient": distance(other_gradient, gradient),
-                "share": share,
+                "loss": taken.loss,
+                "gradient": distance(taken.gradient, alone.gradient),
+                "share": taken.share,
             }
-    print(json.dumps({"loss": loss, "meshes": found}))
+    print(json.dumps({"loss": alone.loss, "meshes": found}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh, AxisType
 from configs import registry
 from tracevision_jax.parallel.mesh import AXES
 from tracevision_jax.parallel.rules import ACTIVATIONS
-from tracevision_jax.training.ahead_of_time import placed_state
+from tracevision_jax.training.layout import stage_layout
+from tracevision_jax.training.optimizer import make_optimizer
 from tracevision_jax.training.parameters import flatten, merge
 
 FOLDER = Path(__file__).with_name("goldens")
@@ -47,8 +48,8 @@ def golden(name: str) -> str:
     """The text of a recipe: rules of activations, every parameter, and how the optimizer's state follows."""
     recipe = registry.get(name)
     system = registry.system(recipe.system).build(recipe)
-    state, frozen = placed_state(system, recipe, shapes_of(system), MESH)
-    placed = flatten(merge(state.trained, frozen))
+    layout = stage_layout(system, recipe, make_optimizer(recipe.optimizer, 1), shapes_of(system), MESH)
+    placed = flatten(merge(layout.state.trained, layout.frozen))
 
     trains = system.trainable(recipe.stage)
     rows = sorted(
@@ -63,7 +64,7 @@ def golden(name: str) -> str:
 
     whole: dict[str, int] = {}
     cut = 0
-    for path, leaf in jax.tree.leaves_with_path(state.optimizer):
+    for path, leaf in jax.tree.leaves_with_path(layout.state.optimizer):
         if any(leaf.sharding.spec):
             cut += 1
         elif leaf.size > 1:

@@ -108,6 +108,12 @@ def spec_of(path: str, shape: Sequence[int], rules: Sequence[Rule]) -> P | None:
     return None
 
 
+def without(spec: P, axis: str) -> P:
+    """The same axes but one, along which the array is whole then."""
+    kept = [tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name != axis) for entry in spec]
+    return P(*(names if len(names) > 1 else names[0] if names else None for names in kept))
+
+
 def partition_specs(shapes: Any, mesh_sizes: Mapping[str, int], rules: Sequence[Rule]) -> Any:
     """PartitionSpec of every parameter of a tree of arrays or of `jax.ShapeDtypeStruct`.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.layers.basic import REMAT_POLICIES
@@ -31,12 +31,13 @@ from tracevision_jax.parallel.mesh import (
     nearest_mesh,
     ways_across,
 )
-from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, partition_specs, spec_of
+from tracevision_jax.parallel.rules import PARAMETERS, Rule, partition_specs, spec_of
 from tracevision_jax.systems.protocol import System
+from tracevision_jax.training.layout import placed, stage_layout
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tracevision_jax.training.parameters import flatten, merge, split_for_stage
+from tracevision_jax.training.parameters import flatten, merge
 from tracevision_jax.training.recipe import TrainRecipe
-from tracevision_jax.training.step import create_state, make_train_step, state_shardings, total_loss
+from tracevision_jax.training.step import make_train_step, total_loss
 
 STEPS = 1000
 """Of the learning rate's schedule; it changes no cost."""
@@ -171,24 +172,6 @@ def _without_place(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
-def placed_state(
-    system: System, recipe: TrainRecipe, shapes: Any, mesh: Mesh | AbstractMesh, rules: tuple[Rule, ...] = PARAMETERS
-) -> tuple[Any, Any]:
-    """(state, frozen parameters) of a stage as shapes with their layouts, from the shapes of all parameters."""
-    optimizer = make_optimizer(recipe.optimizer, STEPS)
-    places = parameter_shardings(shapes, mesh, rules)
-    state, frozen = jax.eval_shape(
-        lambda params: create_state(system, params, optimizer, recipe.stage, recipe.seed), shapes
-    )
-    trained_places, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
-    layout = state_shardings(state, trained_places, mesh)
-    return jax.tree.map(_placed, state, layout), jax.tree.map(_placed, frozen, frozen_places)
-
-
 def lowered_step(
     system: System,
     recipe: TrainRecipe,
@@ -199,11 +182,13 @@ def lowered_step(
 ) -> tuple[Callable[[], Any], tuple[Any, Any, Any]]:
     """What lowers the step, and its arguments (state, frozen parameters, batch) as shapes with their layouts."""
     shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
-    state, frozen = placed_state(system, recipe, shapes, mesh, rules)
-    batch = jax.tree.map(lambda leaf: _placed(leaf, batch_sharding(mesh)), system.batch_spec(bucket, rows))
+    optimizer = make_optimizer(recipe.optimizer, STEPS)
+    layout = stage_layout(system, recipe, optimizer, shapes, mesh, rules)
+    state, frozen = layout.state, layout.frozen
+    batch = jax.tree.map(lambda leaf: placed(leaf, batch_sharding(mesh)), system.batch_spec(bucket, rows))
     step = make_train_step(
         system,
-        make_optimizer(recipe.optimizer, STEPS),
+        optimizer,
         learning_rate_schedule(recipe.optimizer, STEPS),
         accumulation=recipe.accumulation,
         mesh=mesh,

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.mesh import batch_sharding, check_rows, make_mesh
-from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings
+from tracevision_jax.parallel.rules import PARAMETERS, Rule
 from tracevision_jax.systems.config_json import to_json
 from tracevision_jax.systems.protocol import Params, System
 from tracevision_jax.training.checkpoints import Checkpoints
@@ -33,14 +33,15 @@ from tracevision_jax.training.goodput import Goodput
 from tracevision_jax.training.initialise import initialise
 from tracevision_jax.training.interruption import Interruption
 from tracevision_jax.training.journal import Journal, say
+from tracevision_jax.training.layout import stage_layout
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tracevision_jax.training.parameters import count, merge, split_for_stage
+from tracevision_jax.training.parameters import count, merge
 from tracevision_jax.training.profiling import Profile
 from tracevision_jax.training.recipe import TrainRecipe, check, differences
 from tracevision_jax.training.retention import score_of
 from tracevision_jax.training.source import BatchSource, StepBatch
 from tracevision_jax.training.stability import healthy
-from tracevision_jax.training.step import TrainState, create_state, make_train_step, state_shardings
+from tracevision_jax.training.step import TrainState, create_state, make_train_step
 from tracevision_jax.weights.model_directory import is_model, save_model
 
 Evaluator = Callable[[Params, int], Mapping[str, Any]]
@@ -158,31 +159,24 @@ def _start(run: Run, checkpoints: Checkpoints, rules: tuple[Rule, ...], console:
         return create_state(system, params, optimizer, recipe.stage, recipe.seed)
 
     shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
-    places = parameter_shardings(shapes, mesh, rules)
-    state_shapes, frozen_shapes = jax.eval_shape(create, shapes)
-    trained, frozen_places = split_for_stage(places, system.trainable(recipe.stage), recipe.stage)
-    state_places = state_shardings(state_shapes, trained, mesh)
-    trained_count = f"{count(state_shapes.trained):,} of {count(shapes):,} parameters"
+    layout = stage_layout(system, recipe, optimizer, shapes, mesh, rules)
+    trained_count = f"{count(layout.state.trained):,} of {count(shapes):,} parameters"
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     say(console, f"{recipe.name}: stage '{recipe.stage}' trains {trained_count}, on {devices}")
     say(console, run.source.describe())
-    targets = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        {"state": state_shapes, "frozen": frozen_shapes},
-        {"state": state_places, "frozen": frozen_places},
-    )
     with run.goodput.measure("restore"):
         step = checkpoints.latest()
     if step is not None:
         _check_same_run(run, checkpoints.meta(step))
         with run.goodput.measure("restore"):
-            found = checkpoints.restore(targets, step)
+            found = checkpoints.restore({"state": layout.state, "frozen": layout.frozen}, step)
         say(console, f"Continuing from the checkpoint of step {step}.")
         return found["state"], found["frozen"]
-    fresh = initialise(system, recipe.seed, places, recipe.init_from)
+    fresh = initialise(system, recipe.seed, layout.parameters, recipe.init_from)
     for line in fresh.report:
         say(console, f"  {line}")
-    state, frozen = jax.jit(create, out_shardings=(state_places, frozen_places), donate_argnums=0)(fresh.params)
+    places = jax.tree.map(lambda leaf: leaf.sharding, (layout.state, layout.frozen))
+    state, frozen = jax.jit(create, out_shardings=places, donate_argnums=0)(fresh.params)
     return state, frozen
 
 

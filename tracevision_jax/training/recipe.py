@@ -21,6 +21,7 @@ Names become objects through the registries of `configs/registry.py`:
 `tracevision train NAME --optimizer.learning-rate 3e-4 --init-from DIR --out DIR` overrides fields.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +112,9 @@ class TrainRecipe:
     optimizer: OptimizerConfig = OptimizerConfig()
     stability: StabilityConfig = StabilityConfig()
     mesh: MeshConfig = MeshConfig()
+    frozen_whole: tuple[str, ...] = ()
+    """Patterns (regular expressions, searched in paths) of frozen parameters that every chip keeps whole along fsdp,
+    such as vision/: they are gathered no more, and take their full bytes on every chip; along tensor they are cut."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: str = ""
@@ -130,6 +134,7 @@ RUN_ONLY = (
     "checkpoint",
     "evaluation",
     "mesh",
+    "frozen_whole",
     "data.workers",
     "data.prefetch",
     "data.retries",
@@ -169,6 +174,11 @@ def check(recipe: TrainRecipe) -> None:
         faults.append("log_every must be at least 1")
     if recipe.data.retries < 0 or recipe.data.timeout <= 0 or not 0 <= recipe.data.bad_limit <= 1:
         faults.append("data.retries must not be negative, data.timeout positive, data.bad_limit between 0 and 1")
+    for pattern in recipe.frozen_whole:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            faults.append(f"frozen_whole '{pattern}' is no regular expression ({error})")
     try:
         parse_profile(recipe.profile)
     except UserError as error:
