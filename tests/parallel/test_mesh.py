@@ -153,6 +153,6 @@ def test_slices_that_do_not_fit_are_refused_with_the_nearest_that_do(config, sli
 def test_hosts_of_gpus_are_the_outer_part_whatever_they_call_a_slice():
     gpus = [Chip(id, id // 8, id // 8, platform="gpu", device_kind="NVIDIA H100") for id in range(16)]
     mixed = [gpus[number] for number in np.random.default_rng(0).permutation(16)]
-    for config in (MeshConfig(data=1, fsdp=2, tensor=8), MeshConfig(data=2, fsdp=4, context=2)):
-        hosts = numbers(config, mixed, lambda gpu: gpu.process_index).reshape(2, 8)
+    for sizes in ((1, 2, 8, 1), (2, 4, 1, 2), (1, 1, 16, 1)):
+        hosts = numbers(MeshConfig(*sizes), mixed, lambda gpu: gpu.process_index).reshape(2, 8)
         assert hosts.tolist() == [[0] * 8, [1] * 8]
