@@ -26,6 +26,15 @@ class MeshFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAFlags:
+    """Low-rank adapters, as `tracevision train` takes them; rank 0 leaves them to the recipe."""
+
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+    """Regular expressions, searched in the paths of kernels; empty for the usual ones."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Args:
     """Compile a recipe's steps on this machine for a topology of other chips, and say what they need and take.
 
@@ -60,6 +69,8 @@ class Args:
     """Microbatches of an update; by default the recipe's."""
     remat: str | None = None
     """none, dots or full; by default the recipe's."""
+    lora: LoRAFlags = LoRAFlags()
+    """Of training."""
     answer_rows: int = 8
     """Prompts that each copy of the model answers together."""
     new_tokens: int = 256
@@ -105,6 +116,8 @@ def run(args: Args) -> int:
     recipe = registry.get(args.recipe)
     if args.accumulation is not None:
         recipe = dataclasses.replace(recipe, accumulation=args.accumulation)
+    if args.lora.rank:
+        recipe = dataclasses.replace(recipe, lora=_lora(args.lora))
     check(recipe)
     if args.bucket is not None and not 0 <= args.bucket < len(recipe.buckets):
         raise UserError(f"--bucket is {args.bucket}; {recipe.name} has {len(recipe.buckets)}, numbered from 0.")
@@ -129,6 +142,12 @@ def run(args: Args) -> int:
     return 0 if all(outcome.fits for outcome in outcomes) else 1
 
 
+def _lora(flags: LoRAFlags) -> Any:
+    from tracevision_jax.layers.lora import LoRAConfig
+
+    return LoRAConfig(flags.rank, targets=flags.targets or LoRAConfig().targets)
+
+
 def _with_remat(recipe: Any, policy: str) -> Any:
     from tracevision_jax.training.ahead_of_time import with_remat
 
@@ -141,9 +160,10 @@ def _outcomes(args: Args, recipe: Any, system: Any, wanted: Any) -> Iterator[Any
 
     from tracevision_jax.parallel.ahead_of_time import measure
     from tracevision_jax.parallel.topologies import arrange, open_devices
+    from tracevision_jax.systems.adapted import with_adapters
     from tracevision_jax.training.ahead_of_time import fitting_mesh, training_program
 
-    shapes = jax.eval_shape(system.init, jax.random.key(0))
+    shapes = jax.eval_shape(with_adapters(system, recipe.lora).init, jax.random.key(0))
     rows_of = recipe.rows if len(recipe.rows) > 1 else recipe.rows * len(recipe.buckets)
     numbers = range(len(recipe.buckets)) if args.bucket is None else [args.bucket]
     layouts = []
@@ -198,11 +218,12 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
     from tracevision_jax.parallel.ahead_of_time import measure
     from tracevision_jax.parallel.mesh import MeshConfig
     from tracevision_jax.parallel.topologies import arrange, open_devices
+    from tracevision_jax.systems.adapted import with_adapters
     from tracevision_jax.training.ahead_of_time import as_flags, training_program
     from tracevision_jax.training.layout_search import Candidate, candidates, search, verdict
 
     bucket = recipe.buckets[args.bucket or 0]
-    shapes = jax.eval_shape(build(recipe).init, jax.random.key(0))
+    shapes = jax.eval_shape(with_adapters(build(recipe), recipe.lora).init, jax.random.key(0))
     per_chip = (args.rows / wanted.devices,) if args.rows else args.rows_per_chip
     tried = candidates(wanted.devices, recipe.accumulation, shapes, per_chip, args.remats, args.tensors, args.copies)
     devices = open_devices(wanted)
@@ -215,6 +236,7 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
 
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
     about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{' | quick' * args.quick}"
+    about += f" | lora {recipe.lora.rank} {' '.join(recipe.lora.targets)}" if recipe.lora.rank else ""
     found = search(tried, about, path, outcome_of, lambda line: print(line, file=sys.stderr, flush=True), args.limit)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.layers.lora import A, is_adapter
 
 Rule = tuple[str, P]
 
@@ -80,6 +81,9 @@ SEGMENT_ANYTHING: tuple[Rule, ...] = (
 PARAMETERS: tuple[Rule, ...] = (*LANGUAGE, *VISION, *TVP, *DECODER, *SEGMENT_ANYTHING)
 """All families; their paths do not overlap."""
 
+TWO_INPUTS = ("o", "proj")
+"""Layers whose kernels begin with two dimensions of what comes in: heads and their channels."""
+
 ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "copies": "data",
@@ -97,15 +101,30 @@ ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
 def spec_of(path: str, shape: Sequence[int], rules: Sequence[Rule]) -> P | None:
     """Axes of one parameter by the first matching rule, leading dimensions whole; None if no rule matches.
 
+    Adapters follow the kernel that they adapt: A on what comes in, B on what goes out, neither along its rank.
+
     Raises:
         UserError: the rule names more dimensions than the array has.
     """
+    if is_adapter(path):
+        return _spec_of_adapter(path, shape, rules)
     for pattern, spec in rules:
         if re.search(pattern, path):
             if len(spec) > len(shape):
                 raise UserError(f"Sharding rule '{pattern}' has {len(spec)} axes, but {path} is {tuple(shape)}.")
             return P(*[None] * (len(shape) - len(spec)), *spec)
     return None
+
+
+def _spec_of_adapter(path: str, shape: Sequence[int], rules: Sequence[Rule]) -> P | None:
+    *owners, name = path.split("/")
+    kernel_path = "/".join((*owners, "kernel"))
+    kernel = next((spec for pattern, spec in rules if re.search(pattern, kernel_path)), None)
+    if kernel is None:
+        return None
+    inputs = 2 if owners[-1] in TWO_INPUTS else 1
+    spec = (*kernel[:inputs], None) if name == A else (None, *kernel[inputs:])
+    return P(*[None] * (len(shape) - len(spec)), *spec)
 
 
 def partition_specs(shapes: Any, mesh_sizes: Mapping[str, int], rules: Sequence[Rule]) -> Any:

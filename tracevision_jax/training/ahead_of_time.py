@@ -21,6 +21,7 @@ from tracevision_jax.parallel.ahead_of_time import Program, kept_for_backward, s
 from tracevision_jax.parallel.flops import training_flops
 from tracevision_jax.parallel.mesh import AXES, BATCH_AXES, MeshConfig, batch_sharding, mesh_shape
 from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, partition_specs, spec_of
+from tracevision_jax.systems.adapted import with_adapters
 from tracevision_jax.systems.protocol import System
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tracevision_jax.training.parameters import flatten, merge, split_for_stage
@@ -154,6 +155,7 @@ def training_program(
     rules: tuple[Rule, ...] = PARAMETERS,
 ) -> Program:
     """The step on batches of `rows` rows of a bucket, on a mesh that fits (`fitting_mesh`)."""
+    system = with_adapters(system, recipe.lora)
     lower, (state, frozen, batch) = lowered_step(system, recipe, bucket, rows, mesh, rules)
 
     def loss(trained: Any, given: tuple[Any, Any]) -> jax.Array:
