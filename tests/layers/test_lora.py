@@ -126,7 +126,7 @@ def test_a_kernel_that_no_linear_layer_multiplies_by_is_refused():
     config = LoRAConfig(rank=2, targets=("kernel",))
     with adapted(config):
         params = nn.Conv(3, (2, 2)).init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))["params"]
-    with pytest.raises(UserError, match="no linear layer multiplies by .*: conv/kernel"):
+    with pytest.raises(UserError, match=r"no linear layer multiplies by .*: conv/kernel"):
         check_adapted({"conv": params}, config)
 
 

@@ -1,4 +1,4 @@
-"""Training through low-rank adapters: what moves, what is exported, what it costs, and any system through one wrapper."""
+"""Training through low-rank adapters: what moves, what is exported, what it costs; any system through one wrapper."""
 
 import dataclasses
 
@@ -17,7 +17,6 @@ from tracevision_jax.parallel.flops import training_flops
 from tracevision_jax.parallel.rules import PARAMETERS, partition_specs
 from tracevision_jax.systems.adapted import Adapted, with_adapters
 from tracevision_jax.systems.config_json import to_json
-from tracevision_jax.training.ahead_of_time import parts_of
 from tracevision_jax.training.loop import fit
 from tracevision_jax.training.parameters import flatten, merge, split, unflatten
 from tracevision_jax.training.recipe import check
@@ -103,7 +102,7 @@ def test_mistakes_are_refused_before_anything_is_trained(tmp_path):
     wrong = dataclasses.replace(ADAPTED, lora=dataclasses.replace(LORA, targets=("mlp/sideways/kernel",)))
     with pytest.raises(UserError, match="'mlp/sideways/kernel' matches no kernel"):
         train(tmp_path, wrong)
-    with pytest.raises(UserError, match="lora.rank is -1"):
+    with pytest.raises(UserError, match=r"lora\.rank is -1"):
         check(dataclasses.replace(ADAPTED, lora=LoRAConfig(rank=-1)))
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 

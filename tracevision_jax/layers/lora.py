@@ -13,7 +13,6 @@ layers the adapters are stacked as the kernels are. `merged` writes them into th
 import contextlib
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +140,7 @@ def merged(params: Any, config: LoRAConfig) -> Any:
 
     Kernels keep their layout on a mesh; what has no adapter is passed through. Without adapters nothing changes.
     """
-    leaves = traverse_util.flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     whole = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     for path in leaves:
         if path.endswith(f"/{A}"):
