@@ -36,6 +36,15 @@ class MeshFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAFlags:
+    """Low-rank adapters, as `tracevision train` takes them; rank 0 leaves them to the recipe."""
+
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+    """Regular expressions, searched in the paths of kernels; empty for the usual ones."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Args:
     """Compile a recipe's steps on this machine for a topology of other chips, and say what they need and take.
 
@@ -72,6 +81,8 @@ class Args:
     """none, dots or full; by default the recipe's."""
     frozen_whole: tuple[str, ...] | None = None
     """Patterns of frozen parameters that every chip keeps whole along fsdp (vision/); by default the recipe's."""
+    lora: LoRAFlags = LoRAFlags()
+    """Of training."""
     answer_rows: int = 8
     """Prompts that each copy of the model answers together."""
     new_tokens: int = 256
@@ -119,6 +130,8 @@ def run(args: Args) -> int:
         recipe = dataclasses.replace(recipe, accumulation=args.accumulation)
     if args.frozen_whole is not None:
         recipe = dataclasses.replace(recipe, frozen_whole=args.frozen_whole)
+    if args.lora.rank:
+        recipe = dataclasses.replace(recipe, lora=_lora(args.lora))
     check(recipe)
     if args.bucket is not None and not 0 <= args.bucket < len(recipe.buckets):
         raise UserError(f"--bucket is {args.bucket}; {recipe.name} has {len(recipe.buckets)}, numbered from 0.")
@@ -143,6 +156,12 @@ def run(args: Args) -> int:
     return 0 if all(outcome.fits for outcome in outcomes) else 1
 
 
+def _lora(flags: LoRAFlags) -> Any:
+    from tracevision_jax.layers.lora import LoRAConfig
+
+    return LoRAConfig(flags.rank, targets=flags.targets or LoRAConfig().targets)
+
+
 def _with_remat(recipe: Any, policy: str) -> Any:
     from tracevision_jax.training.ahead_of_time import with_remat
 
@@ -156,11 +175,13 @@ def _outcomes(args: Args, recipe: Any, system: Any, wanted: Any) -> Iterator[Any
     from tracevision_jax.parallel.ahead_of_time import measure
     from tracevision_jax.parallel.mesh import make_mesh
     from tracevision_jax.parallel.topologies import open_devices
+    from tracevision_jax.systems.adapted import with_adapters
     from tracevision_jax.training.ahead_of_time import fitting_mesh, training_program
     from tracevision_jax.training.layout import stage_rules
 
-    shapes = jax.eval_shape(system.init, jax.random.key(0))
-    rules = stage_rules(system, recipe, shapes)
+    adapted = with_adapters(system, recipe.lora)
+    shapes = jax.eval_shape(adapted.init, jax.random.key(0))
+    rules = stage_rules(adapted, recipe, shapes)
     rows_of = recipe.rows if len(recipe.rows) > 1 else recipe.rows * len(recipe.buckets)
     numbers = range(len(recipe.buckets)) if args.bucket is None else [args.bucket]
     layouts = []
@@ -219,12 +240,13 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
     from tracevision_jax.parallel.ahead_of_time import measure
     from tracevision_jax.parallel.mesh import DcnConfig, MeshConfig, as_flags, make_mesh
     from tracevision_jax.parallel.topologies import open_devices
+    from tracevision_jax.systems.adapted import with_adapters
     from tracevision_jax.training.ahead_of_time import training_program
     from tracevision_jax.training.layout import stage_rules
     from tracevision_jax.training.layout_search import Candidate, candidates, search, verdict
 
     bucket = recipe.buckets[args.bucket or 0]
-    system = build(recipe)
+    system = with_adapters(build(recipe), recipe.lora)
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     per_chip = (args.rows / wanted.devices,) if args.rows else args.rows_per_chip
     tried = candidates(
@@ -249,6 +271,7 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
     whole = f" | whole {' '.join(recipe.frozen_whole)}" if recipe.frozen_whole else ""
     about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{whole}{' | quick' * args.quick}"
+    about += f" | lora {recipe.lora.rank} {' '.join(recipe.lora.targets)}" if recipe.lora.rank else ""
     found = search(tried, about, path, outcome_of, lambda line: print(line, file=sys.stderr, flush=True), args.limit)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:

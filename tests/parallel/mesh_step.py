@@ -14,7 +14,9 @@ import optax
 
 from tests.training.tiny import Deterministic, random_batch
 from tracevision_jax.errors import UserError
+from tracevision_jax.layers.lora import LoRAConfig
 from tracevision_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from tracevision_jax.systems.adapted import Adapted
 from tracevision_jax.training.layout import stage_layout
 from tracevision_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from tracevision_jax.training.recipe import TrainRecipe
@@ -80,7 +82,16 @@ def subject(name: str):
         from tests.parallel.small_tracevision import small_batch, small_system
 
         system, stage, batch = small_system(), "stage1_5", small_batch(8)
-    return system, jax.device_get(jax.jit(system.init)(jax.random.key(0))), stage, batch
+        if name == "adapters":
+            system = Adapted(system, LoRAConfig(rank=2, targets=(r"(language/layers|vision/groups|tvp)/.*kernel$",)))
+    params = jax.device_get(jax.jit(system.init)(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+
+    def heard(path, leaf):
+        """B of an adapter starts at 0, and A has no gradient then."""
+        return 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype) if path[-1].key == "lora_b" else leaf
+
+    return system, jax.tree_util.tree_map_with_path(heard, params), stage, batch
 
 
 def main(name: str, meshes: list[dict[str, int]]) -> None:

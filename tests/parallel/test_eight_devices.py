@@ -45,6 +45,7 @@ def test_the_meshes_cover_every_pair_of_axes():
     [
         ("tiny", [{"data": 8}, {"fsdp": 4, "tensor": 2, "accumulation": 2}]),
         pytest.param("tracevision", EVERY_MESH if LONG else EVERY_PAIR, marks=pytest.mark.slow),
+        pytest.param("adapters", EVERY_MESH if LONG else EVERY_PAIR[:1], marks=pytest.mark.slow),
         pytest.param("sam2", EVERY_MESH if LONG else EVERY_PAIR, marks=pytest.mark.slow),
     ],
 )

@@ -12,7 +12,7 @@ from tests.training.tiny import TinySystem
 from tracevision_jax.errors import UserError
 from tracevision_jax.hosts.qwen25vl import preset
 from tracevision_jax.parallel.mesh import MeshConfig, make_mesh
-from tracevision_jax.parallel.rules import PARAMETERS, partition_specs, shard_params, spec_of
+from tracevision_jax.parallel.rules import PARAMETERS, partition_specs, rule_of, shard_params, spec_of
 from tracevision_jax.systems.tracevision import TraceVision, tracevision_config
 from tracevision_jax.training.parameters import count, flatten
 
@@ -69,6 +69,16 @@ def test_a_block_needs_one_sum_over_tensor_for_attention_and_one_for_the_mlp():
     assert kernel["attn/q"][2] == kernel["attn/o"][1] == "tensor"  # heads out, the same heads in
     assert kernel["mlp/up"][2] == kernel["mlp/down"][1] == "tensor"
     assert kernel["attn/q"][1] == kernel["attn/o"][3] == "fsdp"  # the residual stream's side
+
+
+def test_adapters_lie_as_their_kernel_does_wherever_its_rule_comes_from():
+    layer = "host/language/layers/attn/o"
+    assert rule_of(f"{layer}/lora_a", PARAMETERS) == P("tensor", None, None)
+    assert rule_of(f"{layer}/lora_b", PARAMETERS) == P(None, "fsdp")
+    whole = ((f"^{layer}/kernel$", P("tensor", None, None)), *PARAMETERS)
+    assert rule_of(f"{layer}/lora_a", whole) == P("tensor", None, None)
+    assert rule_of(f"{layer}/lora_b", whole) == P(None, None)
+    assert rule_of("nothing/lora_a", PARAMETERS) is None
 
 
 def test_parameters_without_a_rule_are_all_named():

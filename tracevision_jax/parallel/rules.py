@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.layers.lora import A, is_adapter
 
 Rule = tuple[str, P]
 
@@ -80,6 +81,9 @@ SEGMENT_ANYTHING: tuple[Rule, ...] = (
 PARAMETERS: tuple[Rule, ...] = (*LANGUAGE, *VISION, *TVP, *DECODER, *SEGMENT_ANYTHING)
 """All families; their paths do not overlap."""
 
+TWO_INPUTS = ("o", "proj")
+"""Layers whose kernels begin with two dimensions of what comes in: heads and their channels."""
+
 ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "copies": "data",
@@ -94,18 +98,33 @@ ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
 """Mesh axes of the logical axes that `layers/sharding.py` names; those that are absent stay whole."""
 
 
+def rule_of(path: str, rules: Sequence[Rule]) -> P | None:
+    """Axes of one parameter's last dimensions, by the first rule that matches its path; None if none does.
+
+    Adapters follow the kernel that they adapt: A on what comes in, B on what goes out, neither along its rank.
+    """
+    if not is_adapter(path):
+        return next((spec for pattern, spec in rules if re.search(pattern, path)), None)
+    *owners, name = path.split("/")
+    kernel = rule_of("/".join((*owners, "kernel")), rules)
+    inputs = 2 if owners[-1] in TWO_INPUTS else 1
+    if kernel is None:
+        return None
+    return P(*kernel[:inputs], None) if name == A else P(None, *kernel[inputs:])
+
+
 def spec_of(path: str, shape: Sequence[int], rules: Sequence[Rule]) -> P | None:
-    """Axes of one parameter by the first matching rule, leading dimensions whole; None if no rule matches.
+    """Axes of one parameter as `rule_of`, leading dimensions whole.
 
     Raises:
         UserError: the rule names more dimensions than the array has.
     """
-    for pattern, spec in rules:
-        if re.search(pattern, path):
-            if len(spec) > len(shape):
-                raise UserError(f"Sharding rule '{pattern}' has {len(spec)} axes, but {path} is {tuple(shape)}.")
-            return P(*[None] * (len(shape) - len(spec)), *spec)
-    return None
+    spec = rule_of(path, rules)
+    if spec is None:
+        return None
+    if len(spec) > len(shape):
+        raise UserError(f"The sharding rule of {path} has {len(spec)} axes {tuple(spec)}, the array is {tuple(shape)}.")
+    return P(*[None] * (len(shape) - len(spec)), *spec)
 
 
 def without(spec: P, axis: str) -> P:

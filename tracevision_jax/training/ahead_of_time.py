@@ -32,6 +32,7 @@ from tracevision_jax.parallel.mesh import (
     ways_across,
 )
 from tracevision_jax.parallel.rules import PARAMETERS, Rule, partition_specs, spec_of
+from tracevision_jax.systems.adapted import with_adapters
 from tracevision_jax.systems.protocol import System
 from tracevision_jax.training.layout import placed, stage_layout
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -145,6 +146,7 @@ def training_program(
     rules: tuple[Rule, ...] = PARAMETERS,
 ) -> Program:
     """The step on batches of `rows` rows of a bucket, on a mesh that fits (`fitting_mesh`)."""
+    system = with_adapters(system, recipe.lora)
     lower, (state, frozen, batch) = lowered_step(system, recipe, bucket, rows, mesh, rules)
 
     def loss(trained: Any, given: tuple[Any, Any]) -> jax.Array:

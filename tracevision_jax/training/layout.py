@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from tracevision_jax.errors import UserError
 from tracevision_jax.nearest import suggest
-from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, spec_of, without
+from tracevision_jax.parallel.rules import PARAMETERS, Rule, parameter_shardings, rule_of, without
 from tracevision_jax.systems.protocol import Params, System
 from tracevision_jax.training.parameters import flatten, split_for_stage
 from tracevision_jax.training.recipe import TrainRecipe
@@ -82,7 +82,7 @@ def stage_rules(
             trained = any(re.search(pattern, path) for path in leaves)
             raise UserError(_nothing_found(pattern, recipe.stage, frozen, trained))
         for path in found:
-            if spec := spec_of(path, leaves[path].shape, rules):
+            if spec := rule_of(path, rules):
                 whole[path] = (f"^{re.escape(path)}$", without(spec, "fsdp"))
     return (*whole.values(), *rules)
 

@@ -23,8 +23,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.layers.lora import merged
 from tracevision_jax.parallel.mesh import batch_sharding, check_rows, make_mesh
 from tracevision_jax.parallel.rules import PARAMETERS, Rule
+from tracevision_jax.systems.adapted import with_adapters
 from tracevision_jax.systems.config_json import to_json
 from tracevision_jax.systems.protocol import Params, System
 from tracevision_jax.training.checkpoints import Checkpoints
@@ -134,6 +136,7 @@ def fit(
     for rows in source.rows:
         check_rows(rows, recipe.accumulation, mesh)
     optimizer = make_optimizer(recipe.optimizer, source.steps)
+    system = with_adapters(system, recipe.lora)
     run = Run(system, recipe, source, mesh, optimizer, Path(directory).absolute(), goodput)
     checkpoints = Checkpoints(run.directory / "checkpoints", recipe.checkpoint, lambda line: say(console, line))
     try:
@@ -231,10 +234,13 @@ def _train(
         goodput.mark(done)
         return done
 
+    def whole() -> Params:
+        return merged(merge(state.trained, frozen), recipe.lora)
+
     def evaluate() -> bool:
         clock.drain()
         with goodput.measure("evaluation"):
-            return _evaluate(evaluators, state, frozen, done, journal, checkpoints)
+            return _evaluate(evaluators, whole(), done, journal, checkpoints)
 
     try:
         # Closing it ends the data workers, also when a step fails.
@@ -291,7 +297,7 @@ def _train(
                 evaluate()
             config = {"system": recipe.system, "model": to_json(run.system.config), "recipe": to_json(recipe)}
             with goodput.measure("export"):
-                save_model(model, config, merge(state.trained, frozen), folders)
+                save_model(model, config, whole(), folders)
         with goodput.measure("save"):
             checkpoints.wait()
             checkpoints.prune()
@@ -337,15 +343,9 @@ def _go_back(
 
 
 def _evaluate(
-    evaluators: Mapping[str, Evaluator],
-    state: TrainState,
-    frozen: Params,
-    step: int,
-    journal: Journal,
-    checkpoints: Checkpoints,
+    evaluators: Mapping[str, Evaluator], params: Params, step: int, journal: Journal, checkpoints: Checkpoints
 ) -> bool:
     """Run all evaluators; whether the step is one of the best so far."""
-    params = merge(state.trained, frozen)
     for name, evaluator in evaluators.items():
         began = time.perf_counter()
         values = evaluator(params, step)

@@ -82,7 +82,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 def decays(path: str) -> bool:
     """Whether weight decay applies: to matrices, not to biases and norm scales."""
-    return path.rsplit("/", 1)[-1] in ("kernel", "embedding", "head")
+    return path.rsplit("/", 1)[-1] in ("kernel", "embedding", "head", "lora_a", "lora_b")
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.layers import lora
+from tracevision_jax.layers.lora import LoRAConfig
 from tracevision_jax.parallel.mesh import MeshConfig
 from tracevision_jax.training.optimizer import OptimizerConfig
 from tracevision_jax.training.profiling import parse as parse_profile
@@ -95,6 +97,8 @@ class TrainRecipe:
     """The system's own configuration."""
     stage: str = ""
     """Which parameters are trained: a stage of the system."""
+    lora: LoRAConfig = LoRAConfig()
+    """Kernels that are trained through low-rank adapters, whatever the stage says of them; merged at export."""
     data: DataConfig = DataConfig()
     buckets: tuple[Any, ...] = ()
     """Shapes of rows, as the system names them (`Bucket`, `ClipBucket`); one program is compiled for each that the data
@@ -183,6 +187,7 @@ def check(recipe: TrainRecipe) -> None:
         parse_profile(recipe.profile)
     except UserError as error:
         faults.append(str(error))
+    faults += lora.faults(recipe.lora)
     faults += retention_faults(recipe.checkpoint, recipe.evaluation.every)
     if recipe.stability.patience < 2 or recipe.stability.spike < 0:
         faults.append("stability.patience must be at least 2 and stability.spike not negative")
