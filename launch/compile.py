@@ -26,6 +26,14 @@ class MeshFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimizerFlags:
+    """What the optimizer keeps; by default as in the recipe."""
+
+    method: Literal["adamw", "muon", "adafactor"] | None = None
+    moments: Literal["float32", "bfloat16"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Args:
     """Compile a recipe's steps on this machine for a topology of other chips, and say what they need and take.
 
@@ -58,6 +66,8 @@ class Args:
     then over data; the chips that are left over tensor."""
     accumulation: int | None = None
     """Microbatches of an update; by default the recipe's."""
+    optimizer: OptimizerFlags = OptimizerFlags()
+    """By default the recipe's."""
     remat: str | None = None
     """none, dots or full; by default the recipe's."""
     answer_rows: int = 8
@@ -105,6 +115,8 @@ def run(args: Args) -> int:
     recipe = registry.get(args.recipe)
     if args.accumulation is not None:
         recipe = dataclasses.replace(recipe, accumulation=args.accumulation)
+    chosen = {name: value for name, value in dataclasses.asdict(args.optimizer).items() if value}
+    recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **chosen))
     check(recipe)
     if args.bucket is not None and not 0 <= args.bucket < len(recipe.buckets):
         raise UserError(f"--bucket is {args.bucket}; {recipe.name} has {len(recipe.buckets)}, numbered from 0.")

@@ -27,6 +27,7 @@ from typing import Any
 from tracevision_jax.errors import UserError
 from tracevision_jax.parallel.mesh import MeshConfig
 from tracevision_jax.training.optimizer import OptimizerConfig
+from tracevision_jax.training.optimizer import faults as optimizer_faults
 from tracevision_jax.training.profiling import parse as parse_profile
 from tracevision_jax.training.retention import CheckpointConfig
 from tracevision_jax.training.retention import faults as retention_faults
@@ -173,6 +174,7 @@ def check(recipe: TrainRecipe) -> None:
         parse_profile(recipe.profile)
     except UserError as error:
         faults.append(str(error))
+    faults += optimizer_faults(recipe.optimizer)
     faults += retention_faults(recipe.checkpoint, recipe.evaluation.every)
     if recipe.stability.patience < 2 or recipe.stability.spike < 0:
         faults.append("stability.patience must be at least 2 and stability.spike not negative")
