@@ -32,6 +32,10 @@ class OptimizerFlags:
     method: Literal["adamw", "muon", "adafactor"] | None = None
     moments: Literal["float32", "bfloat16"] | None = None
 
+    def chosen(self) -> dict[str, str]:
+        """The fields that replace the recipe's."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -45,6 +49,7 @@ class Args:
     Examples:
       tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4
       tracevision compile tracevision_7b_stage1_5 --topology v5e:16x16 --rows 256 --json report.json
+      tracevision compile tracevision_72b_stage1_5 --topology v5p:4x4x8 --rows 128 --optimizer.method adafactor
       tracevision compile tracevision_7b_stage2 --topology v5p:2x2x1 --programs decode --new-tokens 512
       tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4 --quick --search --limit 8
     """
@@ -115,8 +120,7 @@ def run(args: Args) -> int:
     recipe = registry.get(args.recipe)
     if args.accumulation is not None:
         recipe = dataclasses.replace(recipe, accumulation=args.accumulation)
-    chosen = {name: value for name, value in dataclasses.asdict(args.optimizer).items() if value}
-    recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **chosen))
+    recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **args.optimizer.chosen()))
     check(recipe)
     if args.bucket is not None and not 0 <= args.bucket < len(recipe.buckets):
         raise UserError(f"--bucket is {args.bucket}; {recipe.name} has {len(recipe.buckets)}, numbered from 0.")
@@ -226,7 +230,8 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         return measure(program, wanted, mesh).to_json()
 
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
-    about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{' | quick' * args.quick}"
+    asked = (*args.optimizer.chosen().values(), *["quick"] * args.quick)
+    about = " | ".join((recipe.name, str(bucket), str(wanted), f"accumulation {recipe.accumulation}", *asked))
     found = search(tried, about, path, outcome_of, lambda line: print(line, file=sys.stderr, flush=True), args.limit)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:

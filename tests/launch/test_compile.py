@@ -102,3 +102,5 @@ def test_a_search_prints_the_best_and_goes_on_where_it_was(capsys, tmp_path):
     assert "--rows 4 --remat full" in first.out and "[1/1]" in first.err
     assert main(asked) == 0
     assert "known" in capsys.readouterr().err
+    assert main([*asked, "--optimizer.method", "adafactor"]) == 0
+    assert "known" not in capsys.readouterr().err

@@ -40,7 +40,7 @@ def test_less_optimizer_state_for_72b_is_half_or_nearly_nothing_and_nothing_larg
         kept_by_the_72b(**kind) for kind in ({}, {"moments": "bfloat16"}, {"method": "adafactor"})
     )
     assert size(half) == pytest.approx(size(adamw) / 2, rel=1e-6)
-    assert size(adafactor) < 0.0003 * size(adamw)
+    assert size(adafactor) < 0.0002 * size(adamw)
     whole = [leaf for leaf in adafactor if not any(leaf.sharding.spec)]
     assert max(leaf.size for leaf in whole) <= 80 * 8192  # the norms' scales of all layers, which are whole themselves
     assert size(whole) < 13e6

@@ -45,6 +45,7 @@ def optax_updates(given):
         ("tvp/ffn_in/kernel", (16, 24)),
         ("host/language/embed/embedding", (40, 8)),
         ("host/language/head/kernel", (8, 40)),
+        ("tvp/x_bins", (40, 8)),
         ("tvp/out_norm/scale", (16,)),
     ],
 )

@@ -54,11 +54,12 @@ def kept_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTrans
 
         def kept(path: tuple[Any, ...], leaf: Any) -> Any:
             owner = owner_of(path, shapes)
-            return leaf.astype(jnp.bfloat16) if owner is not None and leaf.shape == shapes[owner] else leaf
+            mirrors = owner is not None and leaf.shape == shapes[owner] and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return leaf.astype(jnp.bfloat16) if mirrors else leaf
 
         return LowPrecisionState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(kept, inner.init(params)))
 
-    def update(updates: Any, state: LowPrecisionState, params: Any = None) -> tuple[Any, LowPrecisionState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, LowPrecisionState]:
         kept, structure = jax.tree.flatten(state.inner)
         seen = [leaf.astype(jnp.float32) if _is_low(leaf) else leaf for leaf in kept]
         updates, new = inner.update(updates, jax.tree.unflatten(structure, seen), params)
@@ -68,7 +69,7 @@ def kept_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTrans
             round_stochastically(leaf, key) if _is_low(old) else leaf
             for old, leaf, key in zip(kept, jax.tree.leaves(new), keys, strict=True)
         ]
-        return updates, LowPrecisionState(optax.safe_increment(state.count), jax.tree.unflatten(structure, stored))
+        return updates, LowPrecisionState(state.count + 1, jax.tree.unflatten(structure, stored))
 
     return optax.GradientTransformation(init, update)
 

@@ -12,9 +12,8 @@ NO_MATRICES = ("head", "upsample", "neck_out")
 """How modules begin whose kernels stay with Adam: the vocabulary's, and those of convolutions."""
 CONVOLUTION_AXES = 4
 """Axes of a convolution's kernel, which is no matrix: rows, columns, in, out."""
-
-WEIGHTS = ("kernel", "embedding", "head")
-"""Names of parameters that multiply what comes in; all others are biases, scales and single vectors."""
+TABLES = ("embedding", "head", "x_bins", "y_bins")
+"""Names of parameters with a vector a row: of the vocabulary, and of the places of a trace."""
 
 Axes = optax.contrib.MuonDimensionNumbers
 """(input axes, output axes) of a matrix; each member along all other axes is a matrix of its own."""
@@ -44,8 +43,8 @@ def matrix_axes(path: str, ndim: int) -> Axes | None:
 
 
 def table_axes(path: str, ndim: int) -> Axes | None:
-    """As `matrix_axes`, and (rows, columns) of a table: the vocabulary's embedding and head."""
-    first = stacked_axes(path)
-    if path.rsplit("/", 1)[-1] in WEIGHTS and ndim - first == 2:
-        return Axes((first,), (first + 1,))
+    """As `matrix_axes`, and (rows, columns) of tables, the vocabulary's head among them."""
+    *_, owner, name = path.split("/")
+    if ndim == 2 and (name in TABLES or owner == "head"):
+        return Axes((0,), (1,))
     return matrix_axes(path, ndim)

@@ -19,7 +19,7 @@ import optax
 from tracevision_jax.errors import UserError
 from tracevision_jax.training.adafactor import scale_by_factored_rms
 from tracevision_jax.training.low_precision import kept_in_bfloat16
-from tracevision_jax.training.matrices import WEIGHTS, matrix_axes
+from tracevision_jax.training.matrices import matrix_axes
 from tracevision_jax.training.parameters import flatten, unflatten
 
 Schedule = Callable[[Any], jax.Array]
@@ -33,7 +33,7 @@ class OptimizerConfig:
     """The optimizer and its learning rate."""
 
     method: Literal["adamw", "muon", "adafactor"] = "adamw"
-    """"muon" is for matrices; embeddings, convolutions, biases and norms keep AdamW."""
+    """"muon" is for matrices; embeddings, convolutions, biases and norms keep AdamW. "adafactor" keeps least."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """How AdamW and Muon keep their moments between steps; Adafactor has none that are large."""
     learning_rate: float = 1e-4
@@ -85,7 +85,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 def decays(path: str) -> bool:
     """Whether weight decay applies: to matrices, not to biases and norm scales."""
-    return path.rsplit("/", 1)[-1] in WEIGHTS
+    return path.rsplit("/", 1)[-1] in ("kernel", "embedding", "head")
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
