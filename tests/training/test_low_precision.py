@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from tests.on_devices import printed_on
-from tracevision_jax.training.low_precision import kept_in_bfloat16, round_stochastically
+from tracevision_jax.training.low_precision import kept_in_bfloat16, random_bits, round_stochastically
 
-KEY = jax.random.key(3)
+KEY = jax.random.bits(jax.random.key(3), (2,), jnp.uint32)
 
 
 def neighbours(x):
@@ -51,6 +51,18 @@ def test_what_is_finite_stays_finite():
     assert np.isfinite(rounded).all() and (np.abs(rounded) == float(jnp.finfo(jnp.bfloat16).max)).all()
 
 
+def test_bits_are_even_and_know_nothing_of_their_neighbours_or_of_the_next_key():
+    """Over 2^20 places: shares of ones, of agreement with the next row, column and key; 256 bins of the top bits."""
+    bits = np.asarray(random_bits(KEY, (1024, 1024)))
+    others = [np.roll(bits, 1, 0), np.roll(bits, 1, 1), np.asarray(random_bits(KEY + jnp.uint32(1), bits.shape))]
+    for x in (bits, *(bits ^ other for other in others)):
+        ones = np.array([((x >> bit) & 1).mean() for bit in range(16, 32)])
+        np.testing.assert_allclose(ones, 0.5, atol=5 * 0.5 / 1024)
+        counts = np.bincount((x >> 24).ravel(), minlength=256)
+        spread = ((counts - 4096) ** 2 / 4096).sum()
+        assert 255 - 6 * 22.6 < spread < 255 + 6 * 22.6  # chi squared of 255 degrees of freedom
+
+
 def kept_by_nearest_rounding(inner):
     """What `kept_in_bfloat16` would be without chance."""
 
@@ -68,7 +80,7 @@ def second_moments(optimizer, steps=2000):
     """Means over 4,096 parameters at every step, and the last values, for gradients of 1 or -1."""
 
     def step(carry, number):
-        gradient = {"a": jax.random.rademacher(jax.random.fold_in(KEY, number), (4096,), jnp.float32)}
+        gradient = {"a": jax.random.rademacher(jax.random.fold_in(jax.random.key(5), number), (4096,), jnp.float32)}
         _, state = optimizer.update(gradient, carry)
         return state, optax.tree.get(state, "nu")["a"].astype(jnp.float32).mean()
 
