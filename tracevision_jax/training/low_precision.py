@@ -9,8 +9,8 @@ half as much.
     optimizer = kept_in_bfloat16(optax.scale_by_adam())
 
 Chance is a function of the number of the step, so that a run that is continued ends in the same bits; and of the place
-in the array alone, so that each device draws for its own slice, whatever the mesh. It is a hash rather than threefry,
-whose hundred operations an element tripled the time to compile a 72B step.
+in the array alone, so that each device draws for its own slice, whatever the mesh. It is a hash and not threefry, whose
+hundred operations an element took the compiler several times as long.
 """
 
 import math
