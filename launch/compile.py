@@ -45,6 +45,18 @@ class LoRAFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimizerFlags:
+    """What the optimizer keeps; by default as in the recipe."""
+
+    method: Literal["adamw", "muon", "adafactor"] | None = None
+    moments: Literal["float32", "bfloat16"] | None = None
+
+    def chosen(self) -> dict[str, str]:
+        """The fields that replace the recipe's."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+
+
+@dataclasses.dataclass(frozen=True)
 class Args:
     """Compile a recipe's steps on this machine for a topology of other chips, and say what they need and take.
 
@@ -56,6 +68,7 @@ class Args:
     Examples:
       tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4
       tracevision compile tracevision_7b_stage1_5 --topology v5e:16x16 --rows 256 --json report.json
+      tracevision compile tracevision_72b_stage1_5 --topology v5p:4x4x8 --rows 128 --optimizer.method adafactor
       tracevision compile tracevision_7b_stage2 --topology v5p:2x2x1 --programs decode --new-tokens 512
       tracevision compile tracevision_7b_stage1_5 --topology v5p:8x8x4 --quick --search --limit 8
     """
@@ -77,6 +90,8 @@ class Args:
     then over data; the chips that are left over tensor."""
     accumulation: int | None = None
     """Microbatches of an update; by default the recipe's."""
+    optimizer: OptimizerFlags = OptimizerFlags()
+    """By default the recipe's."""
     remat: str | None = None
     """none, dots or full; by default the recipe's."""
     frozen_whole: tuple[str, ...] | None = None
@@ -132,6 +147,7 @@ def run(args: Args) -> int:
         recipe = dataclasses.replace(recipe, frozen_whole=args.frozen_whole)
     if args.lora.rank:
         recipe = dataclasses.replace(recipe, lora=_lora(args.lora))
+    recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **args.optimizer.chosen()))
     check(recipe)
     if args.bucket is not None and not 0 <= args.bucket < len(recipe.buckets):
         raise UserError(f"--bucket is {args.bucket}; {recipe.name} has {len(recipe.buckets)}, numbered from 0.")
@@ -269,9 +285,11 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         return measure(program, wanted, mesh).to_json()
 
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
-    whole = f" | whole {' '.join(recipe.frozen_whole)}" if recipe.frozen_whole else ""
-    about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{whole}{' | quick' * args.quick}"
-    about += f" | lora {recipe.lora.rank} {' '.join(recipe.lora.targets)}" if recipe.lora.rank else ""
+    asked = [*args.optimizer.chosen().values()]
+    asked += [f"whole {' '.join(recipe.frozen_whole)}"] if recipe.frozen_whole else []
+    asked += [f"lora {recipe.lora.rank} {' '.join(recipe.lora.targets)}"] if recipe.lora.rank else []
+    asked += ["quick"] * args.quick
+    about = " | ".join((recipe.name, str(bucket), str(wanted), f"accumulation {recipe.accumulation}", *asked))
     found = search(tried, about, path, outcome_of, lambda line: print(line, file=sys.stderr, flush=True), args.limit)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:

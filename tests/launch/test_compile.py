@@ -51,6 +51,11 @@ def test_a_bucket_that_is_not_there_is_refused(capsys):
     assert "--bucket is 1; tiny_numbers has 1, numbered from 0" in message
 
 
+def test_flags_of_the_optimizer_replace_the_recipes(capsys):
+    flags = ("--optimizer.method", "adafactor", "--optimizer.moments", "bfloat16")
+    assert "optimizer.moments is of adamw and muon" in told(capsys, "tiny_numbers", "--topology", "v5e:2x2", *flags)
+
+
 def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_before_anything_is_compiled(capsys, monkeypatch):
     def never(*_):
         raise AssertionError("devices were asked for")
@@ -124,3 +129,5 @@ def test_a_search_prints_the_best_and_goes_on_where_it_was(capsys, tmp_path):
     assert "--rows 4 --remat full" in first.out and "[1/1]" in first.err
     assert main(asked) == 0
     assert "known" in capsys.readouterr().err
+    assert main([*asked, "--optimizer.method", "adafactor"]) == 0
+    assert "known" not in capsys.readouterr().err

@@ -123,6 +123,16 @@ def test_an_interrupted_run_saves_says_so_and_ends_in_the_same_bits(finished, tm
         np.testing.assert_array_equal(params_of(tmp_path)[path], leaf, err_msg=path)
 
 
+@pytest.mark.parametrize("kind", [{"moments": "bfloat16"}, {"method": "adafactor"}])
+def test_a_run_of_small_optimizer_state_is_continued_to_the_same_bits(kind, tmp_path):
+    recipe = dataclasses.replace(RECIPE, stage="all", optimizer=OptimizerConfig(learning_rate=1e-2, **kind))
+    run(tmp_path / "whole", recipe)
+    assert not run(tmp_path / "parted", recipe, Source(interrupt_at=5))[0].finished
+    assert run(tmp_path / "parted", recipe)[0].finished
+    for path, leaf in params_of(tmp_path / "whole").items():
+        np.testing.assert_array_equal(params_of(tmp_path / "parted")[path], leaf, err_msg=path)
+
+
 def test_the_same_command_after_the_end_leaves_the_model_as_it_is(finished):
     directory, _, _ = finished
 

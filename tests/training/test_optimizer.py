@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.training.matrices import matrix_axes
 from tracevision_jax.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
     make_optimizer,
-    matrix_axes,
 )
 from tracevision_jax.training.parameters import flatten, unflatten
 
@@ -44,8 +45,18 @@ def test_no_warm_up_starts_at_the_peak():
     assert float(learning_rate_schedule(OptimizerConfig(learning_rate=2.0, warmup=0.0), 10)(0)) == 2.0
 
 
-def test_multipliers_scale_by_path_and_the_first_match_counts():
+ALL = [
+    {"method": "adamw"},
+    {"method": "adamw", "moments": "bfloat16"},
+    {"method": "adafactor"},
+]
+"""Whose first update of equal gradients is the learning rate in size."""
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_multipliers_scale_by_path_and_the_first_match_counts(kind):
     config = OptimizerConfig(
+        **kind,
         learning_rate=1.0,
         warmup=0.0,
         clip_norm=0.0,
@@ -63,11 +74,33 @@ def test_a_multiplier_that_matches_nothing_is_refused():
         first_update(OptimizerConfig(multipliers=(("decodr", 2.0),)))
 
 
-def test_weight_decay_leaves_biases_alone():
-    config = OptimizerConfig(learning_rate=1.0, warmup=0.0, schedule="constant", weight_decay=0.5, clip_norm=0.0)
+@pytest.mark.parametrize("kind", ALL)
+def test_weight_decay_leaves_biases_alone(kind):
+    config = OptimizerConfig(
+        **kind, learning_rate=1.0, warmup=0.0, schedule="constant", weight_decay=0.5, clip_norm=0.0
+    )
     update = first_update(config, gradient=0.0)
     np.testing.assert_allclose(update["host"]["mlp"]["kernel"], -0.5)
     np.testing.assert_allclose(update["host"]["mlp"]["bias"], 0.0)
+
+
+def test_adafactor_sees_gradients_after_they_are_clipped():
+    """All eight gradients of 0.5 have norm 1.41; clipped to 0.1, each is 0.5 / 14.1."""
+    optimizer = make_optimizer(OptimizerConfig(method="adafactor", clip_norm=0.1), 10)
+    gradients = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5), PARAMS)
+    state = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)[1]
+    squares = optax.tree.get(state, "whole")["host"]["mlp"]["bias"]
+    np.testing.assert_allclose(squares, 0.1**2 / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_moments_in_bfloat16_take_half_the_memory(method):
+    def moments(kind):
+        state = make_optimizer(OptimizerConfig(method=method, moments=kind), 10).init(PARAMS)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.size > 1 and leaf.dtype != jnp.int32)
+
+    coefficients = 3 * 4 * (method == "muon")  # of Newton-Schulz, which stay as they are
+    assert moments("bfloat16") - coefficients == (moments("float32") - coefficients) / 2 > 0
 
 
 MUON = OptimizerConfig(method="muon", learning_rate=1.0, warmup=0.0, schedule="constant", clip_norm=0.0)

@@ -31,6 +31,23 @@ def test_loss_falls_when_a_batch_is_repeated():
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("kind", [{"moments": "bfloat16"}, {"method": "adafactor"}])
+def test_choices_for_memory_train_as_adamw_does(kind):
+    last = {}
+    for name, config in {
+        "adamw": OptimizerConfig(learning_rate=1e-2),
+        "chosen": OptimizerConfig(learning_rate=1e-2, **kind),
+    }.items():
+        state, frozen, step = start(config=config)
+        losses = []
+        for _ in range(60):
+            state, metrics = step(state, frozen, random_batch(4))
+            losses.append(float(metrics["loss"]))
+        last[name] = np.mean(losses[-10:]) / losses[0]
+    print(kind, last)
+    assert last["chosen"] < 0.6 and last["chosen"] < 1.1 * last["adamw"]
+
+
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_accumulation_gives_the_number_and_the_gradient_of_the_whole_batch(accumulation):
     # Rows of unequal lengths, one of them empty: averaging microbatch losses would give another number.

@@ -1,9 +1,10 @@
-"""AdamW or Muon with warm-up, schedule, clipping by global norm and learning rates by path; through optax.
+"""AdamW, Muon or Adafactor with warm-up, schedule, clipping by global norm and learning rates by path; through optax.
 
 The papers name no optimizer; AdamW is what their hosts were tuned with. Muon (Jordan 2024; scaled to AdamW's update
 size as in arXiv:2502.16982) orthogonalises the update of every matrix, which takes a model that starts from nothing
-to the same loss in fewer steps. Every number is a field of `OptimizerConfig`. Frozen parameters never reach this
-file: the training step splits them off before.
+to the same loss in fewer steps. Two choices are for memory: moments in bfloat16 (`low_precision.py`) halve what AdamW
+and Muon keep, Adafactor (`adafactor.py`) keeps nearly nothing. Every number is a field of `OptimizerConfig`. Frozen
+parameters never reach this file: the training step splits them off before.
 """
 
 import re
@@ -16,26 +17,25 @@ import jax.numpy as jnp
 import optax
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.training.adafactor import scale_by_factored_rms
+from tracevision_jax.training.low_precision import kept_in_bfloat16
+from tracevision_jax.training.matrices import matrix_axes
 from tracevision_jax.training.parameters import flatten, unflatten
 
 Schedule = Callable[[Any], jax.Array]
 
 ADAM_UPDATE_SIZE = 0.2
 """Root mean square of AdamW's updates over its learning rate, measured in arXiv:2502.16982; Muon's are scaled to it."""
-STACKS = ("layers", "groups", "window", "output_hypernetworks_mlps")
-"""Modules whose parameters are stacked along a leading axis."""
-NO_MATRICES = ("head", "upsample", "neck_out")
-"""How modules begin whose kernels stay with Adam: the vocabulary's, and those of convolutions."""
-CONVOLUTION_AXES = 4
-"""Axes of a convolution's kernel, which is no matrix: rows, columns, in, out."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its learning rate."""
 
-    method: Literal["adamw", "muon"] = "adamw"
-    """"muon" is for matrices; embeddings, convolutions, biases and norms keep AdamW."""
+    method: Literal["adamw", "muon", "adafactor"] = "adamw"
+    """"muon" is for matrices; embeddings, convolutions, biases and norms keep AdamW. "adafactor" keeps least."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """How AdamW and Muon keep their moments between steps; Adafactor has none that are large."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -45,8 +45,11 @@ class OptimizerConfig:
     final_share: float = 0.0
     """Learning rate at the end as a share of the peak; "constant" ignores it."""
     beta1: float = 0.9
+    """Of AdamW; Adafactor has no first moment."""
     beta2: float = 0.999
+    """Of AdamW; the largest that Adafactor's rises to."""
     epsilon: float = 1e-8
+    """Of AdamW and Muon."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on kernels and embeddings only."""
     momentum: float = 0.95
@@ -90,16 +93,31 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     parts = []
     if config.clip_norm > 0:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.method == "muon":
-        parts.append(_muon(config))
-    else:
-        parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
+    parts.append(_direction(config))
     if config.weight_decay > 0:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decay_mask))
     parts.append(optax.scale_by_learning_rate(learning_rate_schedule(config, steps)))
     if config.multipliers:
         parts.append(_scale_by_path(config.multipliers))
     return optax.chain(*parts)
+
+
+def faults(config: OptimizerConfig) -> list[str]:
+    """What cannot be combined, as messages."""
+    if config.method == "adafactor" and config.moments != "float32":
+        return ["optimizer.moments is of adamw and muon; adafactor keeps no moments that bfloat16 would make smaller"]
+    return []
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    """What the method makes of a gradient, before weight decay and learning rate."""
+    if config.method == "adafactor":
+        return scale_by_factored_rms(config.beta2)
+    if config.method == "muon":
+        direction = _muon(config)
+    else:
+        direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    return kept_in_bfloat16(direction) if config.moments == "bfloat16" else direction
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -115,24 +133,6 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         ),
         consistent_rms=ADAM_UPDATE_SIZE,
     )
-
-
-def matrix_axes(path: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
-    """(input axes, output axes) of a kernel that multiplies as one matrix; None for everything else.
-
-    Axes of stacked layers and of q, k, v in one kernel are left out: each matrix of a stack is one of its own.
-    """
-    *_, owner, name = path.split("/")
-    if name != "kernel" or owner.startswith(NO_MATRICES):
-        return None
-    first = sum(part in STACKS for part in path.split("/"))
-    if owner == "qkv":
-        return optax.contrib.MuonDimensionNumbers((first,), (first + 2, first + 3))
-    if ndim - first == CONVOLUTION_AXES:
-        return None
-    if owner in ("o", "proj", "o_proj"):
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, ndim - 1)), (ndim - 1,))
-    return optax.contrib.MuonDimensionNumbers((first,), tuple(range(first + 1, ndim)))
 
 
 def _decay_mask(params: Any) -> Any:

@@ -4,7 +4,7 @@ A path joins the keys of the nested dictionaries with "/" ("host/language/embed/
 learning-rate multipliers and sharding rules all speak in paths.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +44,18 @@ def split_for_stage(params: Params, trainable: Callable[[str], bool], stage: str
 def merge(trained: Params, frozen: Params) -> Params:
     """Join the two parts of `split`."""
     return unflatten({**flatten(trained), **flatten(frozen)})
+
+
+def owner_of(path: tuple[Any, ...], parameters: Container[str]) -> str | None:
+    """The parameter that a leaf of an optimizer's state is about: the one whose path ends the leaf's own, or None.
+
+    Args:
+        path: where the leaf is, as `jax.tree_util.tree_map_with_path` says it.
+        parameters: paths of the parameters.
+    """
+    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    ends = ("/".join(keys[first:]) for first in range(len(keys)))
+    return next((end for end in ends if end in parameters), None)
 
 
 def count(params: Params) -> int:

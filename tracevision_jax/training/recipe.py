@@ -30,6 +30,7 @@ from tracevision_jax.layers import lora
 from tracevision_jax.layers.lora import LoRAConfig
 from tracevision_jax.parallel.mesh import MeshConfig
 from tracevision_jax.training.optimizer import OptimizerConfig
+from tracevision_jax.training.optimizer import faults as optimizer_faults
 from tracevision_jax.training.profiling import parse as parse_profile
 from tracevision_jax.training.retention import CheckpointConfig
 from tracevision_jax.training.retention import faults as retention_faults
@@ -188,6 +189,7 @@ def check(recipe: TrainRecipe) -> None:
     except UserError as error:
         faults.append(str(error))
     faults += lora.faults(recipe.lora)
+    faults += optimizer_faults(recipe.optimizer)
     faults += retention_faults(recipe.checkpoint, recipe.evaluation.every)
     if recipe.stability.patience < 2 or recipe.stability.spike < 0:
         faults.append("stability.patience must be at least 2 and stability.spike not negative")

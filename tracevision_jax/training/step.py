@@ -10,6 +10,7 @@ parameters have neither gradient nor optimizer state; they are an argument of th
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -17,7 +18,8 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 from tracevision_jax.layers.sharding import activation_sharding
@@ -25,7 +27,7 @@ from tracevision_jax.parallel.mesh import replicated
 from tracevision_jax.parallel.rules import ACTIVATIONS
 from tracevision_jax.systems.protocol import Params, Scalars, State, System
 from tracevision_jax.training.optimizer import Schedule
-from tracevision_jax.training.parameters import flatten, merge, split_for_stage
+from tracevision_jax.training.parameters import flatten, merge, owner_of, split_for_stage
 from tracevision_jax.training.stability import DEFAULT, Health, StabilityConfig, choose, healthy, judge
 
 Metrics = dict[str, Any]
@@ -188,7 +190,10 @@ def _gradient(
 
 
 def state_shardings(shapes: TrainState, trained: Any, mesh: Mesh | AbstractMesh) -> TrainState:
-    """Shardings of a whole state: a moment lies as its parameter does, all else is replicated.
+    """Shardings of a whole state: what belongs to a parameter lies as it does, all else is replicated.
+
+    A moment has its parameter's shape and layout; a statistic that is a mean over some axes, kept at size 1, is cut
+    along the others as its parameter is.
 
     Args:
         shapes: the state, or its shapes.
@@ -196,16 +201,13 @@ def state_shardings(shapes: TrainState, trained: Any, mesh: Mesh | AbstractMesh)
         mesh: the mesh.
     """
     whole: Any = replicated(mesh)
-    places = {path: (place, leaf.shape) for (path, place), leaf in zip(
-        flatten(trained).items(), flatten(shapes.trained).values(), strict=True
-    )}  # fmt: skip
+    places, parameters = flatten(trained), flatten(shapes.trained)
 
     def place_of(path: tuple[Any, ...], leaf: Any) -> Any:
-        """The sharding of the parameter whose path ends the leaf's own, if it has the shape of the leaf."""
-        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        ends = ("/".join(keys[first:]) for first in range(len(keys)))
-        place, shape = next((places[end] for end in ends if end in places), (whole, None))
-        return place if leaf.shape == shape else whole
+        owner = owner_of(path, parameters)
+        if owner is None or leaf.ndim != parameters[owner].ndim:
+            return whole
+        return _kept_axes(places[owner], parameters[owner].shape, leaf.shape)
 
     return TrainState(
         step=whole,
@@ -215,3 +217,10 @@ def state_shardings(shapes: TrainState, trained: Any, mesh: Mesh | AbstractMesh)
         health=jax.tree.map(lambda _: whole, shapes.health),
         rng=whole,
     )
+
+
+def _kept_axes(place: NamedSharding, shape: tuple[int, ...], kept: tuple[int, ...]) -> NamedSharding:
+    """`place`, the sharding of an array of `shape`, for one of as many axes: those of another size are not cut."""
+    names = itertools.zip_longest(place.spec, shape, kept)
+    spec = P(*(axes if size == other else None for axes, size, other in names))
+    return place if kept == shape else NamedSharding(place.mesh, spec)
