@@ -8,7 +8,9 @@ import pytest
 
 from configs import registry
 from tests.parallel.sharding_goldens import COMMAND, FOLDER, MESH, golden, production_recipes, shapes_of
-from tracevision_jax.training.ahead_of_time import placed_state, usual_mesh
+from tracevision_jax.training.ahead_of_time import usual_mesh
+from tracevision_jax.training.layout import stage_layout
+from tracevision_jax.training.optimizer import make_optimizer
 
 
 def test_every_production_recipe_has_a_golden_and_no_other_is_left_over():
@@ -27,7 +29,8 @@ def kept_by_the_72b(**optimizer):
     recipe = registry.get("tracevision_72b_stage1_5")
     recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **optimizer))
     system = registry.system(recipe.system).build(recipe)
-    return jax.tree.leaves(placed_state(system, recipe, shapes_of(system), MESH)[0].optimizer)
+    layout = stage_layout(system, recipe, make_optimizer(recipe.optimizer, 1), shapes_of(system), MESH)
+    return jax.tree.leaves(layout.state.optimizer)
 
 
 def size(leaves):
