@@ -70,7 +70,8 @@ class Args:
     """Let the compiler make its least effort: several times faster. Products, kernels and bytes of collectives are the
     same; temporaries and HBM traffic come out larger."""
     search: bool = False
-    """Try batches, remat policies and meshes for training, and print the best that fit."""
+    """Try batches, remat policies and meshes for training, those first that compute the least again, and print the
+    best that fit; what cannot be better than the best so far is left out."""
     rows_per_chip: tuple[float, ...] = (0.5, 1, 2, 4)
     """For --search."""
     remats: tuple[str, ...] = ("full", "dots")
@@ -79,6 +80,8 @@ class Args:
     """For --search: sizes of the axis tensor; fsdp takes the other chips."""
     copies: tuple[int, ...] = (1, 8)
     """For --search: sizes of the axis data, each with all parameters."""
+    contexts: tuple[int, ...] = (1,)
+    """For --search: sizes of the axis context, which cuts a row's tokens."""
     limit: int = 0
     """For --search: compile at most so many; 0 for all."""
     out: Path | None = None
@@ -198,13 +201,14 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
     from tracevision_jax.parallel.ahead_of_time import measure
     from tracevision_jax.parallel.mesh import MeshConfig
     from tracevision_jax.parallel.topologies import arrange, open_devices
-    from tracevision_jax.training.ahead_of_time import as_flags, training_program
+    from tracevision_jax.training.ahead_of_time import as_flags, step_flops, training_program
     from tracevision_jax.training.layout_search import Candidate, candidates, search, verdict
 
     bucket = recipe.buckets[args.bucket or 0]
     shapes = jax.eval_shape(build(recipe).init, jax.random.key(0))
     per_chip = (args.rows / wanted.devices,) if args.rows else args.rows_per_chip
-    tried = candidates(wanted.devices, recipe.accumulation, shapes, per_chip, args.remats, args.tensors, args.copies)
+    axes = args.tensors, args.copies, args.contexts
+    tried = candidates(wanted.devices, recipe.accumulation, shapes, per_chip, args.remats, *axes)
     devices = open_devices(wanted)
 
     def outcome_of(candidate: Candidate) -> dict[str, Any]:
@@ -213,9 +217,18 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         program = training_program(build(changed), changed, bucket, candidate.rows, mesh)
         return measure(program, wanted, mesh).to_json()
 
+    bounds = {}
+    for policy in args.remats:
+        # Every product grows with the rows, so that what is computed again has the same share of any batch.
+        changed = _with_remat(recipe, policy)
+        bounds[policy] = step_flops(build(changed), changed, bucket, tried[0].rows).mfu_bound
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
     about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{' | quick' * args.quick}"
-    found = search(tried, about, path, outcome_of, lambda line: print(line, file=sys.stderr, flush=True), args.limit)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    found = search(tried, about, path, outcome_of, say, args.limit, bounds)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:
         asked = entry["candidate"]
