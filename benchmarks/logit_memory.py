@@ -7,7 +7,8 @@ Qwen2.5-VL-7B, in bfloat16. Two tables:
   (no TPU is needed), else for this machine's CPU.
 - Executed: the same loss is run on this machine's CPU, each row in a process of its own, and the peak of the resident
   memory over what the process had before is read beside the plan. Logits do not depend on the width of the hidden
-  states, so that a narrow one will do. All logits need 15 GiB; `--chunks 256 1024` runs some rows only.
+  states, so that a narrow one will do. What this machine has too little free memory for, such as 15 GiB for all logits,
+  is not run, and the table says so.
 """
 
 import dataclasses
@@ -24,13 +25,15 @@ from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.resident_memory import peak_above
+from benchmarks.resident_memory import available, peak_above
 from tracevision_jax.language.config import LanguageConfig
 from tracevision_jax.parallel.topologies import open_devices, prepare_environment, topology
 
 TOKENS = 8192
 NARROW = 128
 """Width of the hidden states of what is run."""
+SPARE = 2**30
+"""Bytes that a run may take over the plan; measured were up to 0.5 GiB."""
 GIB = 2**30
 
 
@@ -91,9 +94,12 @@ def executed(config: LanguageConfig, tokens: int, chunk: int) -> dict[str, int]:
     """Run the loss and its gradients once on the CPU.
 
     Returns:
-        bytes: {"planned": temporaries and results, "peak": what the process grew by at most}.
+        bytes: {"planned": temporaries and results, "peak": what the process grew by at most, 0 where too little memory
+        was free to run it}.
     """
     step, shapes = compiled(config, tokens, chunk, jax.devices("cpu")[0])
+    if sum(plan(step)) + SPARE > available():
+        return {"planned": sum(plan(step)), "peak": 0}
     given = jax.block_until_ready(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes))
     return {"planned": sum(plan(step)), "peak": peak_above(lambda: jax.block_until_ready(step(*given)))}
 
@@ -131,7 +137,7 @@ def _show(title: str, names: tuple[str, str], chunks: tuple[int, ...], sizes: li
     for name in ("logits at one time", *names):
         table.add_column(name, justify="right")
     for chunk, pair in zip(chunks, sizes, strict=True):
-        table.add_row(f"{chunk or TOKENS} tokens", *(f"{size / GIB:.2f}" for size in pair))
+        table.add_row(f"{chunk or TOKENS} tokens", *(f"{size / GIB:.2f}" if size else "not run" for size in pair))
     Console().print(table)
 
 

@@ -11,10 +11,19 @@ from pathlib import Path
 
 def memory(what: str) -> int:
     """VmRSS (now) or VmHWM (its peak) of this process in bytes; ValueError where the kernel does not say."""
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    return _kilobytes(Path("/proc/self/status"), what) * 1024
+
+
+def available() -> int:
+    """Bytes that this machine can still give out without swapping."""
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024
+
+
+def _kilobytes(file: Path, what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", file.read_text(encoding="utf-8"))
     if found is None:
-        raise ValueError(f"/proc/self/status has no {what}")
-    return int(found.group(1)) * 1024
+        raise ValueError(f"{file} has no {what}")
+    return int(found.group(1))
 
 
 def peak_above(work: Callable[[], object]) -> int:

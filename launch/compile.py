@@ -217,17 +217,17 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         program = training_program(build(changed), changed, bucket, candidate.rows, mesh)
         return measure(program, wanted, mesh).to_json()
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     bounds = {}
     for policy in args.remats:
         # Every product grows with the rows, so that what is computed again has the same share of any batch.
         changed = _with_remat(recipe, policy)
         bounds[policy] = step_flops(build(changed), changed, bucket, tried[0].rows).mfu_bound
+        say(f"remat {policy}: at most {100 * bounds[policy]:.1f} % MFU")
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
     about = f"{recipe.name} | {bucket} | {wanted} | accumulation {recipe.accumulation}{' | quick' * args.quick}"
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     found = search(tried, about, path, outcome_of, say, args.limit, bounds)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:

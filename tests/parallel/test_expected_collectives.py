@@ -167,7 +167,7 @@ def sizes_of(parameters: dict[str, list], cut: Mapping[str, int]) -> set[tuple[i
     """Sizes, sorted, of a layer of each parameter on a chip, cut over these axes of the mesh."""
     found = set()
     for path, (shape, spec) in parameters.items():
-        axes = spec or [None] * len(shape)
+        axes = spec or [""] * len(shape)
         sizes = [size // cut.get(axis, 1) for size, axis in zip(shape, axes, strict=True)]
         found.add(tuple(sorted(sizes[stacked(path) :])))
     return found
