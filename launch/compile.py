@@ -108,7 +108,8 @@ class Args:
     """Let the compiler make its least effort: several times faster. Products, kernels and bytes of collectives are the
     same; temporaries and HBM traffic come out larger."""
     search: bool = False
-    """Try batches, remat policies and meshes for training, and print the best that fit."""
+    """Try batches, remat policies and meshes for training, those first that compute the least again, and print the
+    best that fit; what cannot be better than the best so far is left out."""
     rows_per_chip: tuple[float, ...] = (0.5, 1, 2, 4)
     """For --search."""
     remats: tuple[str, ...] = ("full", "dots")
@@ -117,6 +118,8 @@ class Args:
     """For --search: sizes of the axis tensor; fsdp takes the other chips."""
     copies: tuple[int, ...] = (1, 8)
     """For --search: sizes of the axis data, each with all parameters."""
+    contexts: tuple[int, ...] = (1,)
+    """For --search: sizes of the axis context, which cuts a row's tokens."""
     limit: int = 0
     """For --search: compile at most so many; 0 for all."""
     out: Path | None = None
@@ -140,14 +143,7 @@ def run(args: Args) -> int:
         import jax
 
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    recipe = registry.get(args.recipe)
-    if args.accumulation is not None:
-        recipe = dataclasses.replace(recipe, accumulation=args.accumulation)
-    if args.frozen_whole is not None:
-        recipe = dataclasses.replace(recipe, frozen_whole=args.frozen_whole)
-    if args.lora.rank:
-        recipe = dataclasses.replace(recipe, lora=_lora(args.lora))
-    recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **args.optimizer.chosen()))
+    recipe = _changed(registry.get(args.recipe), args)
     check(recipe)
     if args.bucket is not None and not 0 <= args.bucket < len(recipe.buckets):
         raise UserError(f"--bucket is {args.bucket}; {recipe.name} has {len(recipe.buckets)}, numbered from 0.")
@@ -172,10 +168,18 @@ def run(args: Args) -> int:
     return 0 if all(outcome.fits for outcome in outcomes) else 1
 
 
-def _lora(flags: LoRAFlags) -> Any:
+def _changed(recipe: Any, args: Args) -> Any:
+    """The recipe with what flags replace of it, remat and mesh apart."""
     from tracevision_jax.layers.lora import LoRAConfig
 
-    return LoRAConfig(flags.rank, targets=flags.targets or LoRAConfig().targets)
+    changes: dict[str, Any] = {"optimizer": dataclasses.replace(recipe.optimizer, **args.optimizer.chosen())}
+    if args.accumulation is not None:
+        changes["accumulation"] = args.accumulation
+    if args.frozen_whole is not None:
+        changes["frozen_whole"] = args.frozen_whole
+    if args.lora.rank:
+        changes["lora"] = LoRAConfig(args.lora.rank, targets=args.lora.targets or LoRAConfig().targets)
+    return dataclasses.replace(recipe, **changes)
 
 
 def _with_remat(recipe: Any, policy: str) -> Any:
@@ -253,11 +257,14 @@ def _mesh(flags: MeshFlags, recipe: Any, rows: int, devices: int, shapes: Any) -
 def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
     import jax
 
+    from configs import registry
+    from tracevision_jax.parallel.agreement import flat
     from tracevision_jax.parallel.ahead_of_time import measure
     from tracevision_jax.parallel.mesh import DcnConfig, MeshConfig, as_flags, make_mesh
     from tracevision_jax.parallel.topologies import open_devices
     from tracevision_jax.systems.adapted import with_adapters
-    from tracevision_jax.training.ahead_of_time import training_program
+    from tracevision_jax.systems.config_json import to_json
+    from tracevision_jax.training.ahead_of_time import step_flops, training_program
     from tracevision_jax.training.layout import stage_rules
     from tracevision_jax.training.layout_search import Candidate, candidates, search, verdict
 
@@ -265,17 +272,9 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
     system = with_adapters(build(recipe), recipe.lora)
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     per_chip = (args.rows / wanted.devices,) if args.rows else args.rows_per_chip
-    tried = candidates(
-        wanted.devices,
-        recipe.accumulation,
-        shapes,
-        per_chip,
-        args.remats,
-        args.tensors,
-        args.copies,
-        stage_rules(system, recipe, shapes),
-        wanted.slices,
-    )
+    axes = args.tensors, args.copies, args.contexts
+    rules = stage_rules(system, recipe, shapes)
+    tried = candidates(wanted.devices, recipe.accumulation, shapes, per_chip, args.remats, *axes, rules, wanted.slices)
     devices = open_devices(wanted)
 
     def outcome_of(candidate: Candidate) -> dict[str, Any]:
@@ -284,13 +283,20 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         program = training_program(build(changed), changed, bucket, candidate.rows, mesh)
         return measure(program, wanted, mesh).to_json()
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    bounds = {}
+    for policy in args.remats:
+        # Every product grows with the rows, so that what is computed again has the same share of any batch.
+        changed = _with_remat(recipe, policy)
+        bounds[policy] = step_flops(build(changed), changed, bucket, tried[0].rows).mfu_bound
+        say(f"remat {policy}: at most {100 * bounds[policy]:.1f} % MFU")
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
-    asked = [*args.optimizer.chosen().values()]
-    asked += [f"whole {' '.join(recipe.frozen_whole)}"] if recipe.frozen_whole else []
-    asked += [f"lora {recipe.lora.rank} {' '.join(recipe.lora.targets)}"] if recipe.lora.rank else []
-    asked += ["quick"] * args.quick
-    about = " | ".join((recipe.name, str(bucket), str(wanted), f"accumulation {recipe.accumulation}", *asked))
-    found = search(tried, about, path, outcome_of, lambda line: print(line, file=sys.stderr, flush=True), args.limit)
+    known = dict(flat(to_json(registry.get(recipe.name))))
+    changes = [f"{field} {value}" for field, value in flat(to_json(recipe)) if known.get(field) != value]
+    about = " | ".join((recipe.name, str(bucket), str(wanted), *changes, *["quick"] * args.quick))
+    found = search(tried, about, path, outcome_of, say, args.limit, bounds)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
     for entry in found:
         asked = entry["candidate"]

@@ -9,7 +9,7 @@ import pytest
 from tests.parallel.small_tracevision import BUCKET, small_system
 from tracevision_jax.ops.attention import attention, attention_mesh
 from tracevision_jax.parallel.ahead_of_time import kept_for_backward
-from tracevision_jax.parallel.flops import forward_flops, part_of, products, training_flops
+from tracevision_jax.parallel.flops import Flops, forward_flops, part_of, products, training_flops
 from tracevision_jax.systems.tracevision import TraceVision, tracevision_config
 from tracevision_jax.training.ahead_of_time import parts_of, with_remat
 from tracevision_jax.training.parameters import merge, split
@@ -102,6 +102,31 @@ def test_causal_attention_of_a_language_model_is_halved_in_the_model_flops():
     assert dict(found.parts) == {"language": square}
 
 
+def test_no_program_has_a_higher_mfu_than_what_is_computed_again_leaves():
+    """Causal attention of 100 FLOPs, 40 of them computed again: at least half of both is multiplied."""
+    found = Flops(forward=600.0, backward=400.0, recomputed=240.0, causal=100.0, parts={}, recomputed_causal=40.0)
+    assert found.model == 950
+    assert found.mfu_bound == 950 / (950 + 200 + 40 / 2)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_causal_attention_that_is_computed_again_is_counted_apart(again):
+    def attend(x):
+        return attention(x, x, x, causal=True)
+
+    def loss(weights, given):
+        with jax.named_scope("language/layers/attn"):
+            x = jnp.einsum("btd,dhe->bthe", given, weights)
+            return jnp.square((jax.checkpoint(attend) if again else attend)(x)).sum()
+
+    rows = 4096  # a CPU would take so many queries in blocks, which compute their scores again
+    found = training_flops(loss, shape(6, 4, 8), shape(2, rows, 6))
+    product = 2 * 2 * 4 * rows * rows * 8
+    # Two products, and each twice backward; of all that only the scores are computed again.
+    assert found.causal == 6 * product
+    assert found.recomputed == found.recomputed_causal == product * again
+
+
 def attention_flops(windows: int) -> dict[str, int]:
     """FLOPs of attention in a small tower on one frame of so many windows, by kind of block."""
     config = QwenVisionConfig(32, width=32, heads=4, mlp_width=64, groups=2, window_blocks=3, patch=4)
@@ -184,4 +209,5 @@ def test_remat_policies_change_what_is_computed_again_and_what_is_kept_but_not_t
         kept[policy] = kept_for_backward(loss, trained, given)
     assert found["none"].model == found["full"].model
     assert found["none"].recomputed < found["full"].recomputed < found["full"].forward
+    assert found["full"].mfu_bound < found["none"].mfu_bound <= 1
     assert kept["none"] > kept["full"] > 0

@@ -116,6 +116,51 @@ def test_a_search_goes_on_where_it_was_and_puts_the_best_first(tmp_path, shapes)
     assert [entry["candidate"]["rows"] for entry in found] == [16, 8]
 
 
+def test_policies_that_compute_less_again_come_first_and_what_cannot_be_better_is_left_out(tmp_path, shapes):
+    tried = candidates(8, 1, shapes, (1.0, 2.0), ("full", "dots"), (1,))
+    bounds = {"full": 0.8, "dots": 0.95}
+    asked, lines = [], []
+
+    def search_with(speeds):
+        def compile_it(candidate):
+            asked.append((candidate.rows, candidate.remat))
+            return outcome(speeds[candidate.remat])
+
+        asked.clear()
+        path = tmp_path / f"{speeds['dots']}.jsonl"
+        return search(tried, "demo", path, compile_it, lines.append, bounds=bounds)
+
+    # Dots may still get better than 0.7, and full is not out of the race.
+    search_with({"dots": 0.7, "full": 0.6})
+    assert asked == [(8, "dots"), (16, "dots"), (8, "full"), (16, "full")]
+    search_with({"dots": 0.8, "full": 0.6})
+    assert asked == [(8, "dots"), (16, "dots")]
+    assert "left out, at most 80.0 % MFU and 80.0 % is found" in lines[-1]
+    # What is known from before bounds the rest from the start.
+    assert [entry["roofline"]["mfu_not_overlapped"] for entry in search_with({"dots": 0.8, "full": 0.6})] == [0.8, 0.8]
+    assert asked == []
+
+
+def test_the_best_of_what_does_not_fit_bounds_nothing(tmp_path, shapes):
+    tried = candidates(8, 1, shapes, (1.0,), ("full", "dots"), (1,))
+    asked = []
+
+    def compile_it(candidate):
+        asked.append(candidate.remat)
+        return outcome(0.9 if candidate.remat == "dots" else 0.5, fits=candidate.remat == "full")
+
+    bounds = {"full": 0.8, "dots": 0.95}
+    found = search(tried, "demo", tmp_path / "found.jsonl", compile_it, lambda line: None, bounds=bounds)
+    assert asked == ["dots", "full"]
+    assert [entry["candidate"]["remat"] for entry in found] == ["full", "dots"]
+
+
+def test_rows_may_be_shared_by_cutting_their_tokens(shapes):
+    found = candidates(8, 1, shapes, (0.5,), ("full",), (1, 2), contexts=(1, 2))
+    shared = {(c.mesh["tensor"], c.mesh["context"]) for c in found}
+    assert shared == {(2, 1), (1, 2), (2, 2)}
+
+
 def test_more_of_what_does_not_fit_is_not_tried(tmp_path, shapes):
     tried = candidates(8, 1, shapes, (1.0, 2.0), ("full", "dots"), (1,))
     asked = []

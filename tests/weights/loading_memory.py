@@ -5,15 +5,14 @@ not what is asked for: a first load of another checkpoint of the same shapes pay
 freed.
 """
 
-import gc
 import json
-import re
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from benchmarks.resident_memory import peak_above
 from tracevision_jax.hosts.qwen25vl import Qwen25VLConfig
 from tracevision_jax.language.config import LanguageConfig
 from tracevision_jax.vision.config import QwenVisionConfig
@@ -51,13 +50,6 @@ def write_checkpoint(folder: Path) -> int:
     return max(plan.bytes for plan in plans)
 
 
-def memory(what: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found.group(1)) * 1024
-
-
 def main(folder: Path, form: str) -> None:
     """Print the measurements."""
     largest = write_checkpoint(folder / "in")
@@ -67,13 +59,10 @@ def main(folder: Path, form: str) -> None:
     source = folder / ("in" if form == "hugging_face" else "native")
     _, warm_up = load_host(source)
     del warm_up
-    gc.collect()
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    _, params = load_host(source)
-    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    above = memory("VmHWM") - before - arrays
-    print(json.dumps({"largest": largest, "arrays": arrays, "above": above, "before": before}))
+    loaded = []
+    peak = peak_above(lambda: loaded.append(load_host(source)[1]))
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+    print(json.dumps({"largest": largest, "arrays": arrays, "above": peak - arrays}))
 
 
 main(Path(sys.argv[1]), sys.argv[2])

@@ -137,10 +137,11 @@ class LanguageModel(nn.Module):
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Embeddings of tokens, base and added."""
         c = self.config
+        # All rows on every device that reads a slice of the tables: cut, they would be exchanged more than once. They
+        # are gathered before their tokens are cut: both at once is more than the compiler finds a way for.
+        tokens = constrain(constrain(tokens, "copies", None), "copies", "tokens")
         if not c.added_tokens:
-            return exchange_slices(self.embed_base(constrain(tokens, "copies", "tokens")), "tokens")
-        # Whole on every device that reads a slice of the tables: cut, they would be exchanged more than once.
-        tokens = constrain(tokens, "copies", "tokens")
+            return exchange_slices(self.embed_base(tokens), "tokens")
         base = self.embed_base(jnp.minimum(tokens, c.first_added - 1))
         table, _ = self.added()
         ours = jnp.take(table.astype(base.dtype), jnp.clip(tokens - c.first_added, 0, c.added_tokens - 1), axis=0)

@@ -29,6 +29,9 @@ CAUSAL = re.compile(r"language.*attn.*(bkqd|bkqs)")
 """Name stacks of the two products of causal attention (`ops/attention_call.py`) in a language model."""
 MASKED_SHARE = 0.5
 """Of the square of causal attention that is masked."""
+REFERENCE = "reference"
+"""No platform, so that attention is traced plainly: kernels hide their products, and blocks for a CPU's caches compute
+scores again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Flops:
     """Of forward and backward: products of causal attention, full square."""
     parts: Mapping[str, float]
     """Forward and backward by part of the model."""
+    recomputed_causal: float = 0.0
+    """Of `recomputed`: products of causal attention, full square."""
 
     @property
     def model_full_square(self) -> float:
@@ -70,6 +75,16 @@ class Flops:
         """With what is computed again."""
         return self.model_full_square + self.recomputed
 
+    @property
+    def mfu_bound(self) -> float:
+        """MFU that no compiled program can exceed: it multiplies all that is traced, of causal attention half at least.
+
+        Were all else free, its step would take these products at peak. (Taps of convolutions that fall on padding are
+        counted and need not be multiplied; they are of the model's FLOPs, too.)
+        """
+        least = self.model + self.recomputed - MASKED_SHARE * self.recomputed_causal
+        return self.model / least if least else 1.0
+
 
 def training_flops(loss: Callable[[Any, Any], Any], trained: Any, given: Any, parts: Sequence[str] = ()) -> Flops:
     """FLOPs of a loss and its gradient.
@@ -80,35 +95,39 @@ def training_flops(loss: Callable[[Any, Any], Any], trained: Any, given: Any, pa
         given: shapes of all else.
         parts: names to look for in the scopes, see `part_of`.
     """
-    with attention_mesh(None, platform="cpu"):
+    with attention_mesh(None, platform=REFERENCE):
         traced = jax.make_jaxpr(loss)(trained, given)
         gradient = jax.make_jaxpr(jax.grad(loss))(trained, given)
     count = len(jax.tree.leaves(trained))
     marks = [index < count for index in range(len(traced.jaxpr.invars))]
     found = list(products(traced, marks))
-    again = sum(product.flops for product in products(gradient))
-    return _summed(found, float(again), parts)
+    return _summed(found, list(products(gradient)), parts)
 
 
 def forward_flops(function: Callable[..., Any], *given: Any, parts: Sequence[str] = ()) -> Flops:
     """FLOPs of a program without a gradient."""
-    with attention_mesh(None, platform="cpu"):
+    with attention_mesh(None, platform=REFERENCE):
         traced = jax.make_jaxpr(function)(*given)
     return _summed(list(products(traced)), None, parts)
 
 
-def _summed(found: Sequence[Product], executed: float | None, parts: Sequence[str]) -> Flops:
+def _summed(found: Sequence[Product], gradient: Sequence[Product] | None, parts: Sequence[str]) -> Flops:
+    """Add up the products of a program and, where it has one, those of its gradient (forward pass among them)."""
     forward = float(sum(product.flops for product in found))
     backward = float(sum(product.flops * product.active for product in found))
-    if executed is not None:  # products that only a stopped gradient sees are in no backward pass
-        backward = min(backward, executed - forward)
     causal = sum(product.flops * (1 + product.active) for product in found if CAUSAL.search(product.place))
+    recomputed = recomputed_causal = 0.0
+    if gradient is not None:
+        executed = sum(product.flops for product in gradient)
+        backward = min(backward, executed - forward)  # what only a stopped gradient sees is in no backward pass
+        recomputed = max(executed - forward - backward, 0.0)
+        square = sum(product.flops for product in gradient if CAUSAL.search(product.place))
+        recomputed_causal = float(max(square - causal, 0))
     of_parts: dict[str, float] = {}
     for product in found:
         part = part_of(product.place, parts)
         of_parts[part] = of_parts.get(part, 0) + product.flops * (1 + product.active)
-    recomputed = 0.0 if executed is None else max(executed - forward - backward, 0.0)
-    return Flops(forward, backward, recomputed, float(causal), of_parts)
+    return Flops(forward, backward, recomputed, float(causal), of_parts, recomputed_causal)
 
 
 def part_of(place: str, parts: Sequence[str]) -> str:

@@ -84,7 +84,9 @@ class PixelDecoder(nn.Module):
         config = self.config
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rows, masks = frame.shape
-        hidden = nn.relu(nn.Dense(config.token_hidden, name="token_in", **kinds)(seg.astype(self.dtype)))
+        # Masks are sets before their first product: turned into sets behind it, its gradient would be gathered whole.
+        seg = constrain(seg.reshape(rows * masks, *seg.shape[2:]).astype(self.dtype), "sets", None, None)
+        hidden = nn.relu(nn.Dense(config.token_hidden, name="token_in", **kinds)(seg))
         tokens = nn.Dense(config.width, name="token_out", **kinds)(hidden)
         tokens = tokens.reshape(rows * masks, SCALES, config.tokens_per_scale, config.width)
         level_code = self.param("level_code", nn.initializers.normal(0.02), (SCALES, config.width), self.param_dtype)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from tracevision_jax.errors import UserError
 from tracevision_jax.layers.basic import REMAT_POLICIES
 from tracevision_jax.parallel.ahead_of_time import Program, kept_for_backward, shard_bytes
-from tracevision_jax.parallel.flops import training_flops
+from tracevision_jax.parallel.flops import Flops, training_flops
 from tracevision_jax.parallel.mesh import (
     AXES,
     BATCH_AXES,
@@ -36,7 +36,7 @@ from tracevision_jax.systems.adapted import with_adapters
 from tracevision_jax.systems.protocol import System
 from tracevision_jax.training.layout import placed, stage_layout
 from tracevision_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tracevision_jax.training.parameters import flatten, merge
+from tracevision_jax.training.parameters import flatten, merge, split_for_stage
 from tracevision_jax.training.recipe import TrainRecipe
 from tracevision_jax.training.step import make_train_step, total_loss
 
@@ -148,19 +148,13 @@ def training_program(
     """The step on batches of `rows` rows of a bucket, on a mesh that fits (`fitting_mesh`)."""
     system = with_adapters(system, recipe.lora)
     lower, (state, frozen, batch) = lowered_step(system, recipe, bucket, rows, mesh, rules)
-
-    def loss(trained: Any, given: tuple[Any, Any]) -> jax.Array:
-        frozen, batch = given
-        sums, weights, _ = system.loss(merge(trained, frozen), system.init_state(), batch, jax.random.key(0))
-        return total_loss(system.coefficients, sums, weights)
-
-    trained_shapes, given = jax.tree.map(_without_place, (state.trained, (frozen, batch)))
+    loss, trained_shapes, given = loss_of_stage(system, recipe, bucket, rows)
     holders = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, "context")) * recipe.accumulation
     return Program(
         name=f"train on rows of {bucket}",
         lower=lower,
         held={"parameters": (state.trained, frozen), "optimizer": state.optimizer, "batch": batch},
-        flops=training_flops(loss, trained_shapes, given, parts_of(merge(state.trained, frozen))),
+        flops=step_flops(system, recipe, bucket, rows),
         tokens=jax.eval_shape(lambda batch: batch.filled, given[1]).size,
         rows=rows,
         kept={
@@ -170,8 +164,26 @@ def training_program(
     )
 
 
-def _without_place(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+def loss_of_stage(
+    system: System, recipe: TrainRecipe, bucket: Any, rows: int
+) -> tuple[Callable[[Any, tuple[Any, Any]], jax.Array], Any, tuple[Any, Any]]:
+    """(the loss of trained and given arrays, shapes of the trained ones, those of (frozen parameters, batch))."""
+    shapes = jax.eval_shape(system.init, jax.random.key(recipe.seed))
+    trained, frozen = split_for_stage(shapes, system.trainable(recipe.stage), recipe.stage)
+
+    def loss(trained: Any, given: tuple[Any, Any]) -> jax.Array:
+        frozen, batch = given
+        sums, weights, _ = system.loss(merge(trained, frozen), system.init_state(), batch, jax.random.key(0))
+        return total_loss(system.coefficients, sums, weights)
+
+    return loss, trained, (frozen, system.batch_spec(bucket, rows))
+
+
+def step_flops(system: System, recipe: TrainRecipe, bucket: Any, rows: int) -> Flops:
+    """FLOPs of a step on all chips together; it is traced, not compiled."""
+    system = with_adapters(system, recipe.lora)
+    loss, trained, given = loss_of_stage(system, recipe, bucket, rows)
+    return training_flops(loss, trained, given, parts_of(merge(trained, given[0])))
 
 
 def lowered_step(

@@ -1,8 +1,12 @@
 """Which batch, rematerialisation and mesh train a recipe fastest on a topology: tries them, keeps what was found.
 
 Every outcome is a line of a JSON-lines file, so a search that was stopped goes on where it was, and one with other
-candidates adds to it. Candidates that cannot be better are not compiled: more rows a chip than do not fit already, on
-the same mesh with the same policy, or with a policy that keeps more.
+candidates adds to it. It is a branch and bound: what a policy computes again is known before anything is compiled, and
+with it the MFU that none of its candidates can exceed (`Flops.mfu_bound`). Policies with the highest bound come first,
+and not compiled is
+
+- a candidate whose bound is no higher than the best MFU that was found;
+- more rows a chip than do not fit already, on the same mesh with the same policy, or with a policy that keeps more.
 """
 
 import dataclasses
@@ -43,6 +47,7 @@ def candidates(
     remats: Sequence[str],
     tensors: Sequence[int],
     copies: Sequence[int] = (1,),
+    contexts: Sequence[int] = (1,),
     rules: tuple[Rule, ...] = PARAMETERS,
     slices: int = 1,
 ) -> list[Candidate]:
@@ -52,18 +57,22 @@ def candidates(
         devices: number of chips.
         accumulation: microbatches of an update.
         shapes: the model's parameters.
-        rows_per_chip: of the global batch; below 1 several chips share a row, which tensor parallelism does.
+        rows_per_chip: of the global batch; below 1 several chips share a row, which `tensor` and `context` do.
         remats: policies.
         tensors: sizes of the axis `tensor`.
         copies: sizes of the axis `data`, each with all parameters; `fsdp` takes the chips that are left.
+        contexts: sizes of the axis `context`.
         rules: sharding of the parameters.
         slices: of TPU, that the chips are on.
 
     Raises:
         UserError: none fits.
     """
+    asked = {"tensor": tensors, "data": copies, "context": contexts}
     shards = [
-        sizes for sizes in meshes(devices, max(tensors)) if sizes["tensor"] in tensors and sizes["data"] in copies
+        sizes
+        for sizes in meshes(devices, max(tensors), max(contexts))
+        if all(sizes[axis] in wanted for axis, wanted in asked.items())
     ]
     found = []
     for per_chip in sorted(rows_per_chip):
@@ -75,7 +84,8 @@ def candidates(
     if not found:
         raise UserError(
             f"No layout of {devices} chips fits: rows a chip {list(rows_per_chip)}, tensor {list(tensors)}, data "
-            f"{list(copies)}. More rows or a larger tensor make more layouts possible."
+            f"{list(copies)}, context {list(contexts)}. More rows or a larger tensor or context make more layouts "
+            "possible."
         )
     return found
 
@@ -99,18 +109,25 @@ def search(
     outcome_of: Callable[[Candidate], Mapping[str, Any]],
     say: Callable[[str], None],
     limit: int = 0,
+    bounds: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Try candidates in order, and return all outcomes, the best first.
+    """Try candidates, policies with the highest bound first, and return all outcomes, the best first.
 
     Args:
-        tried: in the order of `candidates`.
+        tried: in the order of `candidates`, which is kept within a policy.
         about: names recipe, bucket and topology.
         path: the file of outcomes.
         outcome_of: compiles a candidate; JSON values as `Outcome.to_json` gives them.
         say: takes a line about each.
         limit: compile at most so many; 0 for all.
+        bounds: the MFU that no candidate of a remat policy exceeds; 1 where it is not known.
     """
     found, compiled = known(path), 0
+
+    def bound(candidate: Candidate) -> float:
+        return (bounds or {}).get(candidate.remat, 1.0)
+
+    tried = sorted(tried, key=bound, reverse=True)
     for number, candidate in enumerate(tried, 1):
         key = candidate.key(about)
         place = f"[{number}/{len(tried)}] {key.removeprefix(about + ' | ')}"
@@ -119,6 +136,10 @@ def search(
             continue
         if hopeless(candidate, tried, about, found):
             say(f"{place}: left out, a smaller one does not fit")
+            continue
+        best = max(map(speed, outcomes(tried, about, found)), default=0.0)
+        if bound(candidate) <= best:
+            say(f"{place}: left out, at most {100 * bound(candidate):.1f} % MFU and {100 * best:.1f} % is found")
             continue
         if limit and compiled == limit:
             say(f"{place}: not tried, --limit {limit} is reached; the same command again goes on from here")
@@ -130,8 +151,12 @@ def search(
             file.write(json.dumps(entry) + "\n")
         found[key] = entry
         say(f"{place}: {verdict(entry)}")
-    ours = [found[key] for candidate in tried if (key := candidate.key(about)) in found]
-    return sorted(ours, key=lambda entry: (not entry["fits"], -speed(entry)))
+    return sorted(outcomes(tried, about, found), key=lambda entry: (not entry["fits"], -speed(entry)))
+
+
+def outcomes(tried: Sequence[Candidate], about: str, found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of these candidates, in their order."""
+    return [found[key] for candidate in tried if (key := candidate.key(about)) in found]
 
 
 def hopeless(
@@ -151,7 +176,7 @@ def hopeless(
 def speed(entry: Mapping[str, Any]) -> float:
     """MFU with collectives not overlapped; 0 for what does not fit."""
     times = entry.get("roofline")
-    return times["mfu_not_overlapped"] if times else 0.0
+    return times["mfu_not_overlapped"] if times and entry["fits"] else 0.0
 
 
 def verdict(entry: Mapping[str, Any]) -> str:
