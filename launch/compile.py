@@ -293,8 +293,8 @@ def _search(args: Args, recipe: Any, build: Any, wanted: Any) -> int:
         bounds[policy] = step_flops(build(changed), changed, bucket, tried[0].rows).mfu_bound
         say(f"remat {policy}: at most {100 * bounds[policy]:.1f} % MFU")
     path = args.out or Path("runs/compile") / f"{recipe.name}.jsonl"
-    known = dict(flat(to_json(registry.get(recipe.name))))
-    changes = [f"{field} {value}" for field, value in flat(to_json(recipe)) if known.get(field) != value]
+    known = dict(flat(to_json(registry.get(recipe.name)), "recipe"))
+    changes = [f"{field} {value}" for field, value in flat(to_json(recipe), "recipe") if known.get(field) != value]
     about = " | ".join((recipe.name, str(bucket), str(wanted), *changes, *["quick"] * args.quick))
     found = search(tried, about, path, outcome_of, say, args.limit, bounds)
     print(f"{recipe.name} on {wanted}, rows of {bucket}; all outcomes are in {path}")
