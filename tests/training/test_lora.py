@@ -10,13 +10,16 @@ import pytest
 from tests.parallel.small_tracevision import small_batch, small_system
 from tests.systems.tiny_sam2 import clip_batch, sam2_of_two_heads
 from tests.training.test_loop import RECIPE, Source, lines_of, params_of
+from tests.training.tiny import random_batch
 from tests.training.tiny_linear import LinearSystem
 from tracevision_jax.errors import UserError
 from tracevision_jax.layers.lora import LoRAConfig, is_adapter, merged
 from tracevision_jax.parallel.flops import training_flops
+from tracevision_jax.parallel.mesh import MeshConfig, make_mesh
 from tracevision_jax.parallel.rules import PARAMETERS, partition_specs
 from tracevision_jax.systems.adapted import Adapted, with_adapters
 from tracevision_jax.systems.config_json import to_json
+from tracevision_jax.training.ahead_of_time import step_flops, training_program
 from tracevision_jax.training.loop import fit
 from tracevision_jax.training.parameters import flatten, merge, split, unflatten
 from tracevision_jax.training.recipe import check
@@ -161,6 +164,20 @@ def test_frozen_kernels_cost_no_gradient_and_adapters_are_thin():
             return loss_of(system, merge(trained, given[0]), given[1])
 
         assert training_flops(loss, trained, given, ["language"]).model == 2 * tokens * wanted
+
+
+def test_the_program_compiled_ahead_of_time_has_each_adapter_once():
+    base, bucket, mesh = LinearSystem(), RECIPE.buckets[0], make_mesh(MeshConfig(), jax.devices()[:1])
+    recipe = dataclasses.replace(ADAPTED, stage="all")
+    program = training_program(base, recipe, bucket, 4, mesh)
+    assert program.flops == step_flops(base, recipe, bucket, 4)
+    adapted, given = Adapted(base, LORA), jax.tree.map(jnp.asarray, random_batch(4))
+    trained, frozen = split(jax.eval_shape(adapted.init, jax.random.key(0)), adapted.trainable("all"))
+    wanted = training_flops(
+        lambda trained, given: loss_of(adapted, merge(trained, given[0]), given[1]), trained, (frozen, given), []
+    )
+    assert program.flops.model == wanted.model
+    assert program.lower().compile() is not None
 
 
 def test_sam2_is_adapted_by_the_same_wrapper():

@@ -81,7 +81,7 @@ SEGMENT_ANYTHING: tuple[Rule, ...] = (
 PARAMETERS: tuple[Rule, ...] = (*LANGUAGE, *VISION, *TVP, *DECODER, *SEGMENT_ANYTHING)
 """All families; their paths do not overlap."""
 
-TWO_INPUTS = ("o", "proj")
+TWO_INPUTS = ("o", "proj", "o_proj")
 """Layers whose kernels begin with two dimensions of what comes in: heads and their channels."""
 
 ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {

@@ -154,7 +154,7 @@ def training_program(
         name=f"train on rows of {bucket}",
         lower=lower,
         held={"parameters": (state.trained, frozen), "optimizer": state.optimizer, "batch": batch},
-        flops=step_flops(system, recipe, bucket, rows),
+        flops=_flops(loss, trained_shapes, given),
         tokens=jax.eval_shape(lambda batch: batch.filled, given[1]).size,
         rows=rows,
         kept={
@@ -181,8 +181,10 @@ def loss_of_stage(
 
 def step_flops(system: System, recipe: TrainRecipe, bucket: Any, rows: int) -> Flops:
     """FLOPs of a step on all chips together; it is traced, not compiled."""
-    system = with_adapters(system, recipe.lora)
-    loss, trained, given = loss_of_stage(system, recipe, bucket, rows)
+    return _flops(*loss_of_stage(with_adapters(system, recipe.lora), recipe, bucket, rows))
+
+
+def _flops(loss: Callable[[Any, Any], jax.Array], trained: Any, given: tuple[Any, Any]) -> Flops:
     return training_flops(loss, trained, given, parts_of(merge(trained, given[0])))
 
 

@@ -6,6 +6,8 @@ in x (heads * head_dim) a layer.
 
 import optax
 
+from tracevision_jax.parallel.rules import TWO_INPUTS
+
 STACKS = ("layers", "groups", "window", "output_hypernetworks_mlps")
 """Modules whose parameters are stacked along a leading axis."""
 NO_MATRICES = ("head", "upsample", "neck_out")
@@ -37,7 +39,7 @@ def matrix_axes(path: str, ndim: int) -> Axes | None:
         return Axes((first,), (first + 2, first + 3))
     if ndim - first == CONVOLUTION_AXES:
         return None
-    if owner in ("o", "proj", "o_proj"):
+    if owner in TWO_INPUTS:
         return Axes(tuple(range(first, ndim - 1)), (ndim - 1,))
     return Axes((first,), tuple(range(first + 1, ndim)))
 
