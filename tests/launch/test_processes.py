@@ -20,7 +20,7 @@ from configs import registry
 from launch.launch import Slurm, render
 from tests.conftest import ROOT
 from tests.launch import tiny_command
-from tests.training.killing import alive, digest, steps_logged, wait_for_steps
+from tests.training.killing import alive, digest, steps_logged, wait_for_checkpoint, wait_for_steps
 from tracevision_jax.training.parameters import flatten
 from tracevision_jax.weights.model_directory import load_model
 
@@ -138,6 +138,7 @@ def test_two_processes_of_four_devices_give_what_one_of_eight_gives(by_slurm, tm
 
 def test_a_killed_process_ends_the_run_with_one_message_and_the_same_command_ends_in_the_same_bits(by_slurm, tmp_path):
     process = supervise(tmp_path)
+    wait_for_checkpoint(tmp_path, process)  # of step 4; it is written beside the steps, which may be faster
     wait_for_steps(tmp_path, 5, process)
     groups = [child(process, number) for number in range(2)]
     os.kill(groups[1], signal.SIGKILL)
