@@ -16,6 +16,7 @@ from rich.console import Console
 
 from tests.training.tiny import BUCKET, TinySystem, random_batch
 from tracevision_jax.errors import UserError
+from tracevision_jax.parallel.mesh import MeshConfig
 from tracevision_jax.training.loop import EMPTY_LIMIT, fit
 from tracevision_jax.training.optimizer import OptimizerConfig
 from tracevision_jax.training.parameters import flatten
@@ -281,3 +282,10 @@ def test_the_chosen_steps_are_traced_and_all_time_is_accounted_for(tmp_path):
 def test_a_profile_that_cannot_be_is_refused_at_start(tmp_path):
     with pytest.raises(UserError, match="FIRST:LAST"):
         run(tmp_path, dataclasses.replace(RECIPE, profile="7"))
+
+
+@pytest.mark.parametrize("refused", [{"init_from": "/nowhere/model"}, {"mesh": MeshConfig(fsdp=7)}], ids=str)
+def test_a_refused_start_leaves_nothing_behind(tmp_path, refused):
+    with pytest.raises(UserError):
+        run(tmp_path / "run", dataclasses.replace(RECIPE, **refused))
+    assert not (tmp_path / "run").exists()

@@ -46,9 +46,8 @@ class Checkpoints:
         config: CheckpointConfig | None = None,
         report: Callable[[str], None] = print,
     ):
-        """Open a directory, made if absent; `report` receives a line for all that is found damaged."""
+        """Open a directory, made by the first save; `report` receives a line for all that is found damaged."""
         self.directory, self.config, self.report = Path(directory).absolute(), config or CheckpointConfig(), report
-        self.directory.mkdir(parents=True, exist_ok=True)
         self._primary = jax.process_index() == 0
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         logging.getLogger("absl").addFilter(_is_no_failed_save)
@@ -63,7 +62,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints that are there, whole or not, ascending."""
-        names = (NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        names = (NAME.fullmatch(path.name) for path in self.directory.glob("step_*"))
         return sorted(int(name.group(1)) for name in names if name)
 
     def path(self, step: int) -> Path:
@@ -100,6 +99,7 @@ class Checkpoints:
             UserError: this save or the one before could not be written.
         """
         self.wait()
+        self.directory.mkdir(parents=True, exist_ok=True)
         arguments = ocp.args.Composite(tree=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
         try:
             self._checkpointer.save(self.path(step), args=arguments)
@@ -206,6 +206,7 @@ class Checkpoints:
 
     def _write_scores(self) -> None:
         if self._primary and self.config.keep_best:
+            self.directory.mkdir(parents=True, exist_ok=True)
             hashes.write_whole(self.directory / SCORES, json.dumps(self._scores))
 
 
