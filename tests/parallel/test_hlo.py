@@ -29,7 +29,9 @@ LOOP = """HloModule jit_step, is_scheduled=true
   %whole = f32[16,16]{1,0:T(8,128)} all-gather(%rows), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}
   %product = f32[16,16]{1,0} dot(%whole, %whole), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %fusion.1 = f32[4,16]{1,0} fusion(%rows), kind=kCustom, calls=%scatter.all-reduce-scatter.1
-  ROOT %next = (s32[], f32[8,16]) tuple(%turn, %rows)
+  %one = s32[] constant(1)
+  %after = s32[]{:T(128)} add(%turn, %one)
+  ROOT %next = (s32[], f32[8,16]) tuple(%after, %rows)
 }
 
 ENTRY %main (given: f32[8,16]) -> f32[8,16] {
@@ -66,8 +68,25 @@ def test_a_trip_count_is_read_from_the_condition_or_from_the_note():
     noted = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
     module = parse(noted)
     assert trip_count(module, module.computations["main"].instructions["while.1"]) == 7
-    unknown = parse(LOOP.replace("direction=LT", "direction=NE"))
-    assert trip_count(unknown, unknown.computations["main"].instructions["while.1"]) is None
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now", "trips"),
+    [
+        ("%one = s32[] constant(1)", "%one = s32[] constant(2)", 3),  # unrolled twice, as XLA's loops of products
+        ("%one = s32[] constant(1)", "%one = s32[] constant(5)", 1),
+        ("tuple(%after, %rows)", "tuple(%copied, %rows)", 5),
+        ("direction=LT", "direction=NE", None),
+        ("add(%turn, %one)", "multiply(%turn, %one)", None),
+        ("add(%turn, %one)", "add(%turn, %turn)", None),
+        ("tuple(%after, %rows)", "tuple(%turn, %rows)", None),
+    ],
+)
+def test_a_trip_count_follows_the_steps_of_the_counter(was, is_now, trips):
+    text = LOOP.replace("  ROOT %next", "  %copied = s32[] copy(%after)\n  ROOT %next")
+    assert was in text
+    module = parse(text.replace(was, is_now))
+    assert trip_count(module, module.computations["main"].instructions["while.1"]) == trips
 
 
 def test_collectives_of_a_loop_are_multiplied_by_its_trips():

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.parallel.ahead_of_time import costs
 from tracevision_jax.parallel.collectives import BETWEEN_SLICES, by_axes, collectives
 from tracevision_jax.parallel.hlo import parse
 from tracevision_jax.parallel.mesh import AXES, DcnConfig, MeshConfig, make_mesh
@@ -185,6 +186,21 @@ def test_a_sum_over_slices_goes_through_the_network_once_for_each_chip():
     # In the slice two chips sum 128 x 512 numbers; each hands its half to the network, half of two there and back.
     assert (between.kind, between.group, between.sent_bytes) == ("all-reduce", 2, 128 * 512 * 4 / 2)
     assert set(uses) == {("data",), (BETWEEN_SLICES,)}
+
+
+@needs_libtpu
+def test_a_product_that_is_spread_over_a_ring_is_counted_once():
+    """XLA multiplies by a weight shard by shard as the shards come round, two of them a turn of the loop."""
+    rows, width, wide = 8192, 3584, 18944
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8), open_devices(topology("v5e:2x4")))
+    x = jax.ShapeDtypeStruct((8, rows, width), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    weight = jax.ShapeDtypeStruct((width, wide), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    multiply = jax.jit(jax.numpy.matmul, out_shardings=NamedSharding(mesh, PartitionSpec("fsdp")))
+    found = costs(parse(multiply.lower(x, weight).compile().as_text() or ""), mesh)
+    assert {use.kind for use in found.uses} == {"collective-permute"}
+    assert found.flops == 2 * rows * width * wide
+    shard = width * wide * 2 / 8  # eight pass in the loop, half of them each way round, and one goes ahead of it
+    assert sum(use.sent_bytes for use in found.uses) == 9 * shard
 
 
 def test_a_topology_is_a_value():

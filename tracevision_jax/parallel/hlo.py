@@ -1,8 +1,8 @@
 """Reading a compiled program's HLO text: instructions, how often each runs, its products' FLOPs, its traffic with HBM.
 
 XLA's own cost analysis counts the body of a loop once. Here every instruction is multiplied by the trip counts of the
-loops around it, which XLA writes beside them (`known_trip_count`), or which their conditions compare with. A loop whose
-count only the data decide, such as the one that decodes tokens, counts once: costs are then those of one turn.
+loops around it, which XLA writes beside them (`known_trip_count`), or which their counters tell. A loop whose count
+only the data decide, such as the one that decodes tokens, counts once: costs are then those of one turn.
 
     module = parse(compiled.as_text())
     for step in executed(module): ...                   # (instruction, times, whether inside a fusion)
@@ -23,6 +23,7 @@ _CALLS = re.compile(r"\b(body|condition|calls|to_apply|true_computation|false_co
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_INDEX = re.compile(r"\bindex=(\d+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
 _LIBRARY = re.compile(r'custom_call_target="__(?:(cublas)|cudnn\$conv(Forward|BackwardInput|BackwardFilter))')
 _DEFINES = re.compile(r"\s+(ROOT )?%?[\w.\-]+ = ")
@@ -180,22 +181,39 @@ def _closing(text: str, opening: int) -> int:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often a while loop turns: as XLA noted, or what its condition compares the counter with; None: unknown."""
+    """How often a while loop turns: as XLA noted, or by its counter, which begins at 0; None: unknown.
+
+    The counter is what the condition compares with a constant. Its steps are what the body adds: not always 1, as
+    XLA unrolls the loops that it makes of a product and a collective.
+    """
     if noted := _TRIPS.search(loop.attributes):
         return int(noted.group(1))
-    condition = module.computations[loop.called["condition"]]
-    root = condition.root
-    if root.opcode == "fusion" and "calls" in root.called:
-        inner = module.computations[root.called["calls"]].root
-        limits = [condition.instructions[name] for name in root.operands]
-        if inner.opcode != "compare" or "direction=LT" not in inner.attributes:
-            return None
-    elif root.opcode == "compare" and "direction=LT" in root.attributes:
-        limits = [condition.instructions[name] for name in root.operands]
-    else:
+    condition, body = (module.computations[loop.called[name]] for name in ("condition", "body"))
+    compare = condition.root
+    if compare.opcode == "fusion" and "calls" in compare.called:
+        compare = module.computations[compare.called["calls"]].root
+    if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
         return None
-    constants = [limit.inside for limit in limits if limit.opcode == "constant"]
-    return int(constants[0]) if len(constants) == 1 and constants[0].isdigit() else None
+    compared = [condition.instructions[name] for name in condition.root.operands]
+    limits = [number for number in map(_constant, compared) if number is not None]
+    counters = [_INDEX.search(value.attributes) for value in compared if value.opcode == "get-tuple-element"]
+    if len(limits) != 1 or len(counters) != 1 or counters[0] is None or body.root.opcode != "tuple":
+        return None
+    step = _step(body, body.instructions[body.root.operands[int(counters[0].group(1))]])
+    return -(-limits[0] // step) if step else None
+
+
+def _constant(value: Instruction) -> int | None:
+    """The number of a constant that is one of 0, 1, ..."""
+    return int(value.inside) if value.opcode == "constant" and value.inside.isdigit() else None
+
+
+def _step(body: Computation, value: Instruction) -> int | None:
+    """What a loop's body adds to its counter, given the counter's new value; None if that cannot be read."""
+    while value.opcode in ("copy", "bitcast"):
+        value = body.instructions[value.operands[0]]
+    added = [_constant(body.instructions[name]) for name in value.operands] if value.opcode == "add" else []
+    return next((number for number in added if number is not None), None)
 
 
 def executed(module: Module) -> Iterator[Step]:
