@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 # Training on a CPU takes and returns gigabytes every step: kept by the process, in huge pages, steps are a fifth faster.
 MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
-BENCH ?= $(filter-out ablation __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCH ?= $(filter-out ablation scaling __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 .PHONY: help setup venv demo tracking test meshes faults lint format ablation bench clean
 
