@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from tracevision_jax.errors import UserError
+from tracevision_jax.weights.hashes import write_whole
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 GIB = 2**30
@@ -78,10 +80,8 @@ def _commands(lines: Sequence[str]) -> Iterator[str]:
 def _tables(lines: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, ...]]:
     for number in range(start, stop):
         if lines[number].startswith("|") and re.search(r"HBM a \w+, GiB: |Model FLOPs a step", lines[number]):
-            rows = [number]
-            while lines[number + 1 + len(rows)].startswith("|"):
-                rows.append(number + 1 + len(rows))
-            yield tuple(rows)
+            rows = takewhile(lambda row: lines[row].startswith("|"), range(number + 2, stop))
+            yield number, *rows
 
 
 def filled(lines: Sequence[str], section: Section, outcomes: Sequence[dict[str, Any]]) -> dict[int, str]:
@@ -193,16 +193,19 @@ def compile_all(commands: Sequence[str], folder: Path) -> None:
     """Run the commands that have no report yet, one after another; one that fails stops nothing but has none."""
     folder.mkdir(parents=True, exist_ok=True)
     left = [command for command in dict.fromkeys(commands) if not report_path(folder, command).exists()]
+    start = time.perf_counter()
     for number, command in enumerate(left, 1):
         print(f"{number}/{len(left)} {command}", flush=True)
-        began, path = time.perf_counter(), report_path(folder, command)
+        path = report_path(folder, command)
         unfinished = path.with_suffix(".part")
         words = [sys.executable, "-m", "launch", *shlex.split(command)[1:], "--json", str(unfinished)]
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if unfinished.exists():
             unfinished.rename(path)
         said = "" if path.exists() else f": {(done.stdout.strip().splitlines() or ['no report'])[-1]}"
-        print(f"    {time.perf_counter() - began:.0f} s{said}", flush=True)
+        seconds = time.perf_counter() - start
+        remaining = seconds / number * (len(left) - number)
+        print(f"    {seconds / 60:.0f} min gone, some {remaining / 60:.0f} min left{said}", flush=True)
 
 
 def main(args: Args) -> int:
@@ -226,7 +229,7 @@ def main(args: Args) -> int:
         print(f"line {number + 1}\n  - {lines[number]}\n  + {row}")
     if args.check:
         return 1 if changed or missing else 0
-    args.document.write_text("".join(f"{changed.get(n, line)}\n" for n, line in enumerate(lines)), encoding="utf-8")
+    write_whole(args.document, "".join(f"{changed.get(n, line)}\n" for n, line in enumerate(lines)))
     return 1 if missing else 0
 
 
