@@ -129,7 +129,7 @@ def cell(title: str, old: str, outcome: dict[str, Any]) -> str:
         case "Computed again":
             return _power(outcome["recomputed_flops"], 1)
         case "Executed a chip":
-            return f"{_power(outcome['executed_flops'], 2)}, {outcome['intensity']:.0f}"
+            return f"{_power(outcome['executed_flops'], 2)}, {outcome['intensity']:,.0f}"
         case "Collectives a chip sends":
             return _sent(outcome["collectives"])
         case "Step":

@@ -34,7 +34,7 @@ OUTCOME = {
     "model_flops": 7.796e15,
     "recomputed_flops": 1.96e15,
     "executed_flops": 6.35e14,
-    "intensity": 220.92,
+    "intensity": 1220.92,
     "collectives": [
         {"axes": "data", "sent_bytes": 3e8},
         {"axes": "fsdp", "sent_bytes": 2**30},
@@ -99,7 +99,7 @@ def test_a_report_fills_its_rows_and_nothing_else(args):
     was, now = DOCUMENT.splitlines(), args.document.read_text().splitlines()
     assert [new for old, new in zip(was, now, strict=True) if new != old] == [
         "| 16 | 1,024 (8,192), full | data 2, fsdp 8 | 2.04 + 0 + 41.0 + 123; 27.0 of 95 |",
-        "| 16 | 7.80e15 (5.95e10) | 2.0e15 | 6.35e14, 221 | fsdp 3.0, data 0.3 | 1,383 / 1,514 ms | "
+        "| 16 | 7.80e15 (5.95e10) | 2.0e15 | 6.35e14, 1,221 | fsdp 3.0, data 0.3 | 1,383 / 1,514 ms | "
         "76.7 / **70.1 %** | compute 1,383, HBM 1,040, fsdp 4.2 |",
     ]
 
