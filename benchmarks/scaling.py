@@ -180,7 +180,7 @@ def _terms(seconds: dict[str, float]) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:,.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.1f}"
+    return f"{1e3 * seconds:,.0f}" if seconds >= 9.95e-3 else f"{1e3 * seconds:.1f}"
 
 
 def report_path(folder: Path, command: str) -> Path:
