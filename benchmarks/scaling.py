@@ -30,7 +30,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 GIB = 2**30
 HELD = {
     "kept activations": ("activations",),
-    "prompts or cache": ("batch", "prompts", "cache"),
+    "prompts or cache": ("prompts", "cache"),
     "other temporaries": ("temporaries",),
 }
 """Keys of a report's memory by the words of a table's header; other words are keys themselves."""
@@ -210,13 +210,13 @@ def compile_all(commands: Sequence[str], folder: Path) -> None:
 
 def main(args: Args) -> int:
     """Compile, then fill or check the tables; 1 if a row could not be filled, or differs under `--check`."""
-    found = sections(args.document.read_text(encoding="utf-8").splitlines())
     if not args.check:
+        found = sections(args.document.read_text(encoding="utf-8").splitlines())
         compile_all([c for section in found for c in section.commands if args.only in c], args.reports)
-    lines = args.document.read_text(encoding="utf-8").splitlines()  # hours may have passed
-    found = sections(lines)
-    changed, missing = dict[int, str](), 0
-    for section in found:
+    lines = args.document.read_text(encoding="utf-8").splitlines()  # again: hours may have passed
+    changed: dict[int, str] = {}
+    missing = 0
+    for section in sections(lines):
         paths = [report_path(args.reports, command) for command in section.commands]
         absent = [path for path in paths if not path.exists()]
         if absent:

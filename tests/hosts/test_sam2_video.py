@@ -220,6 +220,8 @@ def test_videos_side_by_side_are_each_as_alone():
         wanted = without(params, frame_of(maps, frames[index]), alone, times[index], reverse=reverse[index])
         same(at(found[0], index), wanted[0])
         same(at(found[1], index), wanted[1], tolerance=1e-3)
+    first, second = (at(found[0], index).masks for index in range(2))
+    assert error(first, second) > 0.1, "videos that look alike would hide a mix-up"
 
 
 def test_a_prompted_frame_joins_what_its_parts_give():

@@ -74,12 +74,12 @@ def test_a_pattern_that_cannot_be_read_is_a_fault_of_the_recipe():
         check(TrainRecipe("x", buckets=(BUCKET,), frozen_whole=("vision(",)))
 
 
-@pytest.mark.slow
 def of_tower(origin: str) -> bool:
     """Whether a collective is of the vision tower, by the name of a product or of the argument that it gathers."""
     return re.search(r"\bvision\b", origin) is not None
 
 
+@pytest.mark.slow
 def test_a_whole_tower_gives_the_same_loss_and_gradient_and_is_gathered_no_more():
     found = printed_on(4, "tests.training.frozen_whole", "step", flags=QUICK)
     ours, theirs = found["losses"]
